@@ -1,0 +1,557 @@
+"""Array primitives: sums, products, shapes and indexing, with NumPy's names and conventions."""
+
+import builtins
+import math
+import string
+
+import numpy as np
+
+from minigrad.core import REDUCTIONS, TABLE, Tracer, plain, primitive, register
+from minigrad.elementwise import multiply, sqrt, where
+
+# ---------------------------------------------------------------------------------- reductions
+
+
+def _expanded(g, axis, ndim):
+    """Put back, with length 1, the axes that a reduction of an `ndim`-d array removed."""
+    if axis is None:
+        return np.reshape(g, (1,) * ndim)
+    return np.expand_dims(g, axis)
+
+
+def _sum_rule(ans, x, axis=None, keepdims=False):
+    shape = np.shape(x)
+    expand = not keepdims and axis is not None
+    return lambda g: np.broadcast_to(np.expand_dims(g, axis) if expand else g, shape)
+
+
+_sum = primitive(np.sum, _sum_rule, name="sum")
+
+
+@register(np.sum)
+def sum(x, axis=None, keepdims=False):
+    """Return the sum of `x` over `axis` (an int, a tuple, or None for all)."""
+    return _sum(x, axis=axis, keepdims=keepdims)
+
+
+def _count(x, axis):
+    axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
+    return math.prod(x.shape[a] for a in axes)
+
+
+@register(np.mean)
+def mean(x, axis=None, keepdims=False):
+    """Return the mean of `x` over `axis`."""
+    return sum(x, axis, keepdims) / _count(x, axis)
+
+
+@register(np.var)
+def var(x, axis=None, ddof=0, keepdims=False):
+    """Return the variance of `x` over `axis`: the sum of squared deviations over n - ddof."""
+    deviation = x - mean(x, axis, keepdims=True)
+    return sum(deviation * deviation, axis, keepdims) / (_count(x, axis) - ddof)
+
+
+@register(np.std)
+def std(x, axis=None, ddof=0, keepdims=False):
+    """Return the standard deviation of `x` over `axis`: the square root of `var`."""
+    return sqrt(var(x, axis, ddof, keepdims))
+
+
+def _extremum_rule(ans, x, axis=None, keepdims=False):
+    """Ties share the cotangent equally."""
+    at = x == (ans if keepdims else _expanded(ans, axis, np.ndim(x)))
+    share = at / np.sum(at, axis=axis, keepdims=True, dtype=ans.dtype)
+    return lambda g: share * (g if keepdims else _expanded(g, axis, share.ndim))
+
+
+_max = primitive(np.max, _extremum_rule, name="max")
+_min = primitive(np.min, _extremum_rule, name="min")
+
+
+@register(np.max)
+def max(x, axis=None, keepdims=False):
+    """Return the maximum of `x` over `axis`; tied elements share the gradient equally."""
+    return _max(x, axis=axis, keepdims=keepdims)
+
+
+@register(np.min)
+def min(x, axis=None, keepdims=False):
+    """Return the minimum of `x` over `axis`; tied elements share the gradient equally."""
+    return _min(x, axis=axis, keepdims=keepdims)
+
+
+@register(np.prod)
+def prod(x, axis=None, keepdims=False):
+    """Return the product of `x` over `axis`.
+
+    Multiplied in pairs, halves at a time: no division, so zeros need no special case, at any order.
+    """
+    axes = tuple(range(x.ndim)) if axis is None else (axis,) if isinstance(axis, int) else axis
+    kept = [1 if i in {a % x.ndim for a in axes} else n for i, n in enumerate(x.shape)]
+    x = moveaxis(x, axes, range(len(axes)))
+    x = reshape(x, (math.prod(x.shape[: len(axes)]), *x.shape[len(axes) :]))
+    while len(x) > 1:
+        half = len(x) // 2
+        pairs = multiply(x[:half], x[half : 2 * half])
+        x = pairs if len(x) % 2 == 0 else concatenate([pairs, x[2 * half :]])
+    x = x[0] if len(x) else np.ones(x.shape[1:], x.dtype)
+    return reshape(x, kept) if keepdims else x
+
+
+_cumsum = primitive(
+    np.cumsum,
+    lambda ans, x, axis: lambda g: np.flip(np.cumsum(np.flip(g, axis), axis), axis),
+    name="cumsum",
+)
+
+
+@register(np.cumsum)
+def cumsum(x, axis=None):
+    """Return the cumulative sum of `x` along `axis`, of the flattened array if it is None."""
+    return _cumsum(reshape(x, -1), axis=0) if axis is None else _cumsum(x, axis=axis)
+
+
+# ------------------------------------------------------------------------------------ products
+
+
+def _matmul_rule_x(ans, x, y):
+    if np.ndim(y) == 1:
+        return lambda g: g * y if np.ndim(g) == 0 else np.expand_dims(g, -1) * y
+    if np.ndim(x) == 1:
+        return lambda g: np.matmul(y, np.expand_dims(g, -1))[..., 0]
+    return lambda g: np.matmul(g, np.swapaxes(y, -1, -2))
+
+
+def _matmul_rule_y(ans, x, y):
+    if np.ndim(x) == 1:
+        return lambda g: g * x if np.ndim(g) == 0 else np.expand_dims(g, -2) * x[:, None]
+    if np.ndim(y) == 1:
+        return lambda g: np.sum(np.expand_dims(g, -1) * x, axis=tuple(range(np.ndim(x) - 1)))
+    return lambda g: np.matmul(np.swapaxes(x, -1, -2), g)
+
+
+matmul = primitive(np.matmul, _matmul_rule_x, _matmul_rule_y)
+
+
+@register(np.tensordot)
+def tensordot(x, y, axes=2):
+    """Return the sum of products of `x` and `y` over `axes`, as one matrix product."""
+    nx, ny = np.ndim(x), np.ndim(y)
+    if isinstance(axes, int):
+        axes = (range(nx - axes, nx), range(axes))
+    ax, ay = ([axes_i] if isinstance(axes_i, int) else list(axes_i) for axes_i in axes)
+    ax, ay = [a % nx for a in ax], [a % ny for a in ay]
+    kept_x = [a for a in range(nx) if a not in ax]
+    kept_y = [a for a in range(ny) if a not in ay]
+    if [np.shape(x)[a] for a in ax] != [np.shape(y)[a] for a in ay]:
+        raise ValueError(
+            f"tensordot: axes {ax} of shape {np.shape(x)} do not match axes {ay} of {np.shape(y)}"
+        )
+    shape = [np.shape(x)[a] for a in kept_x] + [np.shape(y)[a] for a in kept_y]
+    n = math.prod(np.shape(x)[a] for a in ax)
+    left = reshape(transpose(x, kept_x + ax), (math.prod(shape[: len(kept_x)]), n))
+    right = reshape(transpose(y, ay + kept_y), (n, math.prod(shape[len(kept_x) :])))
+    return reshape(left @ right, shape)
+
+
+@register(np.dot)
+def dot(x, y):
+    """Return NumPy's `dot`: over the last axis of `x` and the last but one of `y`."""
+    if np.ndim(x) == 0 or np.ndim(y) == 0:
+        return multiply(x, y)
+    return tensordot(x, y, (np.ndim(x) - 1, builtins.max(np.ndim(y) - 2, 0)))
+
+
+@register(np.vdot)
+def vdot(x, y):
+    """Return the sum of the products of all elements of `x` and `y`."""
+    return sum(multiply(reshape(x, -1), reshape(y, -1)))
+
+
+@register(np.outer)
+def outer(x, y):
+    """Return the matrix of the products of all elements of `x` with all of `y`."""
+    return multiply(reshape(x, (-1, 1)), reshape(y, (1, -1)))
+
+
+def _einsum_rule(i, ans, subscripts, *operands, optimize=False):
+    """Contract the cotangent with the other operands, onto the indices of operand i.
+
+    An index that only operand i has was summed: a vector of ones spreads the cotangent over it.
+    An index that it has twice picked a diagonal: a unit matrix puts the cotangent back there.
+    """
+    inputs, output = subscripts.split("->")
+    inputs = inputs.split(",")
+    i -= 1
+    others = [s for j, s in enumerate(inputs) if j != i]
+    arrays = [x for j, x in enumerate(operands) if j != i]
+    target = ""
+    dtype = ans.dtype
+    for n, letter in zip(np.shape(operands[i]), inputs[i]):
+        if letter in target:
+            fresh = next(c for c in string.ascii_letters if c not in subscripts + target)
+            others.append(letter + fresh)
+            arrays.append(np.eye(n, dtype=dtype))
+            letter = fresh
+        elif letter not in output and not any(letter in s for s in others):
+            others.append(letter)
+            arrays.append(np.ones(n, dtype))
+        target += letter
+    formula = ",".join([output, *others]) + "->" + target
+    return lambda g: np.einsum(formula, g, *arrays, optimize=optimize)
+
+
+_einsum = primitive(np.einsum, None, variadic=_einsum_rule, name="einsum")
+
+
+@register(np.einsum)
+def einsum(subscripts, *operands, optimize=False):
+    """Return the sum of products that `subscripts` describe, such as "bi,ij->bj"."""
+    if not isinstance(subscripts, str):
+        raise TypeError("einsum of traced arrays takes its subscripts as a string: 'ij,jk->ik'")
+    return _einsum(_explicit(subscripts, operands), *operands, optimize=optimize)
+
+
+def _explicit(subscripts, operands):
+    """Write out an ellipsis and the output indices, so that the rule need not know of them."""
+    inputs, arrow, output = subscripts.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if len(terms) != len(operands):
+        raise ValueError(f"einsum: {subscripts!r} names {len(terms)} operands, got {len(operands)}")
+    free = [c for c in string.ascii_letters if c not in subscripts]
+    widths = [np.ndim(x) - len(t) + 3 for t, x in zip(terms, operands) if "..." in t]
+    widest = builtins.max(widths, default=0)
+    letters = "".join(free[:widest])
+    for j, (term, x) in enumerate(zip(terms, operands)):
+        if "..." in term:
+            terms[j] = term.replace("...", letters[widest - (np.ndim(x) - len(term) + 3) :])
+    if arrow and letters and "..." not in output:
+        raise ValueError(f"einsum: {subscripts!r} has an ellipsis; the output needs one too")
+    if arrow:
+        output = output.replace("...", letters)
+    else:
+        joined = "".join(terms)
+        output = letters + "".join(
+            sorted(c for c in set(joined) if joined.count(c) == 1 and c not in letters)
+        )
+    return ",".join(terms) + "->" + output
+
+
+# -------------------------------------------------------------------------------------- shapes
+
+
+def _reshape_rule(ans, x, shape):
+    old = np.shape(x)
+    return lambda g: np.reshape(g, old)
+
+
+_reshape = primitive(np.reshape, _reshape_rule, name="reshape")
+
+
+@register(np.reshape)
+def reshape(x, shape):
+    """Return `x` in another shape, of the same size."""
+    return _reshape(x, shape=shape)
+
+
+def _transpose_rule(ans, x, axes=None):
+    return lambda g: np.transpose(g, None if axes is None else np.argsort(axes))
+
+
+_transpose = primitive(np.transpose, _transpose_rule, name="transpose")
+
+
+@register(np.transpose, np.permute_dims)
+def transpose(x, axes=None):
+    """Return `x` with its axes permuted, reversed if `axes` is None."""
+    return _transpose(x, axes=None if axes is None else tuple(a % np.ndim(x) for a in axes))
+
+
+@register(np.swapaxes)
+def swapaxes(x, axis1, axis2):
+    """Return `x` with two axes exchanged."""
+    axes = list(range(np.ndim(x)))
+    axes[axis1], axes[axis2] = axes[axis2], axes[axis1]
+    return transpose(x, axes)
+
+
+@register(np.moveaxis)
+def moveaxis(x, source, destination):
+    """Return `x` with the axes `source` moved to the positions `destination`."""
+    ndim = np.ndim(x)
+    source = [source] if isinstance(source, int) else list(source)
+    destination = [destination] if isinstance(destination, int) else list(destination)
+    source, destination = [a % ndim for a in source], [a % ndim for a in destination]
+    order = [a for a in range(ndim) if a not in source]
+    for d, s in sorted(zip(destination, source)):
+        order.insert(d, s)
+    return transpose(x, order)
+
+
+@register(np.expand_dims)
+def expand_dims(x, axis):
+    """Return `x` with axes of length 1 inserted at the positions `axis` of the result."""
+    shape = np.expand_dims(np.broadcast_to(0, np.shape(x)), axis).shape
+    return reshape(x, shape)
+
+
+@register(np.squeeze)
+def squeeze(x, axis=None):
+    """Return `x` without the axes of length 1 that `axis` names, or all of them."""
+    return reshape(x, np.squeeze(np.broadcast_to(0, np.shape(x)), axis).shape)
+
+
+@register(np.ravel)
+def ravel(x):
+    """Return `x` flattened."""
+    return reshape(x, -1)
+
+
+_broadcast_to = primitive(np.broadcast_to, lambda ans, x, shape: lambda g: g, name="broadcast_to")
+
+
+@register(np.broadcast_to)
+def broadcast_to(x, shape):
+    """Return `x` broadcast to `shape`; the engine's summing over stretched axes is its rule."""
+    return _broadcast_to(x, shape=shape)
+
+
+def _concatenate_rule(i, ans, *arrays, axis):
+    axis %= ans.ndim
+    start = builtins.sum(np.shape(a)[axis] for a in arrays[:i])
+    here = (slice(None),) * axis + (slice(start, start + np.shape(arrays[i])[axis]),)
+    return lambda g: g[here]
+
+
+_concatenate = primitive(
+    lambda *arrays, axis: np.concatenate(arrays, axis),
+    variadic=_concatenate_rule,
+    name="concatenate",
+)
+
+
+@register(np.concatenate)
+def concatenate(arrays, axis=0):
+    """Return the arrays joined along `axis`; with axis None, all flattened."""
+    if axis is None:
+        return _concatenate(*(reshape(a, -1) for a in arrays), axis=0)
+    return _concatenate(*arrays, axis=axis)
+
+
+@register(np.stack)
+def stack(arrays, axis=0):
+    """Return the arrays, all of one shape, joined along a new axis."""
+    return concatenate([expand_dims(a, axis) for a in arrays], axis)
+
+
+@register(np.split)
+def split(x, indices_or_sections, axis=0):
+    """Return the list of the pieces of `x` along `axis`: equal ones, or cut at given indices."""
+    pieces = np.split(np.arange(np.shape(x)[axis]), indices_or_sections)
+    ends = np.cumsum([0] + [len(piece) for piece in pieces])
+    before = (slice(None),) * (axis % np.ndim(x))
+    return [x[(*before, slice(start, end))] for start, end in zip(ends, ends[1:])]
+
+
+def _pad_rule(ans, x, pad_width, **_):
+    widths = np.broadcast_to(pad_width, (np.ndim(x), 2))
+    inner = tuple(slice(a, n - b) for (a, b), n in zip(widths, ans.shape))
+    return lambda g: g[inner]
+
+
+_pad = primitive(np.pad, _pad_rule, name="pad")
+
+
+@register(np.pad)
+def pad(x, pad_width, mode="constant", constant_values=0):
+    """Return `x` with `pad_width` constants before and after each axis."""
+    if mode != "constant":
+        raise NotImplementedError(f"pad of a traced array: mode 'constant' only, not {mode!r}")
+    return _pad(x, pad_width=pad_width, constant_values=constant_values)
+
+
+_flip = primitive(np.flip, lambda ans, x, axis: lambda g: np.flip(g, axis), name="flip")
+
+
+@register(np.flip)
+def flip(x, axis=None):
+    """Return `x` in reverse order along `axis` (all axes if None)."""
+    return _flip(x, axis=axis)
+
+
+_roll = primitive(
+    np.roll,
+    lambda ans, x, shift, axis: lambda g: np.roll(g, np.negative(shift), axis),
+    name="roll",
+)
+
+
+@register(np.roll)
+def roll(x, shift, axis=None):
+    """Return `x` with its elements shifted cyclically along `axis`."""
+    return _roll(x, shift=shift, axis=axis)
+
+
+@register(np.tile)
+def tile(x, reps):
+    """Return `x` repeated `reps` times along each axis, as a whole."""
+    reps = (reps,) if isinstance(reps, int) else tuple(reps)
+    ndim = builtins.max(np.ndim(x), len(reps))
+    shape = (1,) * (ndim - np.ndim(x)) + np.shape(x)
+    reps = (1,) * (ndim - len(reps)) + reps
+    x = reshape(x, [k for n in shape for k in (1, n)])
+    x = broadcast_to(x, [k for r, n in zip(reps, shape) for k in (r, n)])
+    return reshape(x, [r * n for r, n in zip(reps, shape)])
+
+
+@register(np.repeat)
+def repeat(x, repeats, axis=None):
+    """Return `x` with each element repeated along `axis`, of the flattened array if None."""
+    if axis is None:
+        x, axis = reshape(x, -1), 0
+    return take(x, np.repeat(np.arange(np.shape(x)[axis]), repeats), axis)
+
+
+# ------------------------------------------------------------------------------------ indexing
+
+
+def _is_basic(index):
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(
+        isinstance(p, (int, np.integer, slice))
+        and not isinstance(p, bool)
+        or p is None
+        or p is Ellipsis
+        for p in parts
+    )
+
+
+def _getitem_rule(ans, x, index):
+    shape = np.shape(x)
+    return lambda g: scatter(g, index=index, shape=shape)
+
+
+def _scatter(g, index, shape):
+    """Return zeros of `shape` with `g` added at `index`: the adjoint of indexing."""
+    out = np.zeros(shape, g.dtype)
+    if _is_basic(index):
+        out[index] = g
+    else:
+        np.add.at(out, index, g)
+    return out
+
+
+getitem = primitive(lambda x, index: x[index], _getitem_rule, name="getitem")
+scatter = primitive(_scatter, lambda ans, g, index, shape: lambda h: h[index], name="scatter")
+
+
+def _index(x, index):
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(type(p) is Tracer for p in parts):
+        raise TypeError("a traced array cannot be an index; use argmax, floor or stop_gradient")
+    return getitem(x, index=index)
+
+
+@register(np.take)
+def take(x, indices, axis=None):
+    """Return the elements of `x` at `indices` along `axis`, of the flattened array if None."""
+    if axis is None:
+        x, axis = reshape(x, -1), 0
+    return x[(slice(None),) * (axis % np.ndim(x)) + (plain(indices),)]
+
+
+@register(np.take_along_axis)
+def take_along_axis(x, indices, axis=-1):
+    """Return the elements of `x` that `indices`, an array of as many axes, picks along `axis`."""
+    indices = np.asarray(plain(indices))
+    where_to = list(np.ogrid[tuple(slice(n) for n in indices.shape)])
+    where_to[axis] = indices
+    # An axis of length 1 in x is broadcast against the indices, as NumPy does.
+    for a, n in enumerate(np.shape(x)):
+        if n == 1 and a != axis % np.ndim(x):
+            where_to[a] = np.zeros_like(where_to[a])
+    return x[tuple(where_to)]
+
+
+@register(np.diagonal)
+def diagonal(x, offset=0, axis1=0, axis2=1):
+    """Return the diagonals over two axes, as the last axis of the result."""
+    x = moveaxis(x, (axis1, axis2), (-2, -1))
+    rows, columns = np.nonzero(np.eye(*np.shape(x)[-2:], k=offset))
+    return x[..., rows, columns]
+
+
+@register(np.trace)
+def trace(x, offset=0, axis1=0, axis2=1):
+    """Return the sums along the diagonals over two axes."""
+    return sum(diagonal(x, offset, axis1, axis2), axis=-1)
+
+
+@register(np.diag)
+def diag(x, k=0):
+    """Return the diagonal of a matrix, or the matrix with the vector `x` on its diagonal."""
+    if np.ndim(x) == 2:
+        return diagonal(x, k)
+    n = len(x) + abs(k)
+    rows = np.arange(len(x)) + builtins.max(-k, 0)
+    return scatter(x, index=(rows, rows + k), shape=(n, n))
+
+
+@register(np.tril)
+def tril(x, k=0):
+    """Return the lower triangle of the last two axes: 0 above the k-th diagonal."""
+    return where(np.tri(*np.shape(x)[-2:], k=k, dtype=bool), x, 0)
+
+
+@register(np.triu)
+def triu(x, k=0):
+    """Return the upper triangle of the last two axes: 0 below the k-th diagonal."""
+    return where(np.tri(*np.shape(x)[-2:], k=k - 1, dtype=bool), 0, x)
+
+
+# --------------------------------------------------------------------------- dtypes and methods
+
+_astype = primitive(
+    lambda x, dtype: x.astype(dtype), lambda ans, x, dtype: lambda g: g, name="astype"
+)
+
+
+@register(np.astype)
+def astype(x, dtype):
+    """Return `x` in another dtype; a traced array cast to integers or bool becomes plain."""
+    if np.dtype(dtype).kind != "f":
+        return plain(x).astype(dtype)
+    return _astype(x, dtype=dtype)
+
+
+@register(np.copy)
+def copy(x):
+    """Return `x`, which is immutable while traced."""
+    return x
+
+
+REDUCTIONS.update({np.add: sum, np.multiply: prod, np.maximum: max, np.minimum: min})
+
+Tracer.__matmul__ = matmul
+Tracer.__rmatmul__ = lambda self, other: matmul(other, self)
+Tracer.__getitem__ = _index
+Tracer.T = property(transpose)
+Tracer.mT = property(lambda self: swapaxes(self, -1, -2))
+Tracer.argmax = TABLE[np.argmax]
+Tracer.argmin = TABLE[np.argmin]
+Tracer.flatten = ravel
+for _method in (
+    *(sum, mean, var, std, max, min, prod, cumsum, dot, squeeze, ravel, repeat, swapaxes),
+    *(diagonal, trace, astype, copy, take),
+):
+    setattr(Tracer, _method.__name__, _method)
+
+
+def _varargs(op):
+    """Allow x.reshape(2, 3) beside x.reshape((2, 3))."""
+    return lambda self, *args: op(self, args[0] if len(args) == 1 else args or None)
+
+
+Tracer.reshape = _varargs(reshape)
+Tracer.transpose = _varargs(transpose)

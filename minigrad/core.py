@@ -1,0 +1,302 @@
+"""The engine: traced arrays, primitives and the backward pass.
+
+A function is differentiated by running it on `Tracer`s. Each traced call of a primitive makes
+one `Node`, which remembers where the call's arguments came from and how to pull a cotangent
+back to them. `backward` then visits the nodes, newest first.
+
+Levels. Every transform opens a level: a number larger than that of any level opened before it.
+A primitive looks for the highest level among its arguments, takes the values out of the tracers
+of that level only, and calls *itself* on them. So an inner transform sees the arrays of an outer
+one as constants of its own level, yet each operation on them is recorded for the outer one. That
+is all there is to gradients of gradients. Levels come from one ever-growing counter, so nothing
+needs restoring when a trace fails, and a tracer that outlived its transform is only a constant.
+"""
+
+import itertools
+from contextlib import contextmanager
+from contextvars import ContextVar
+from heapq import heappop, heappush
+
+import numpy as np
+
+# One counter for levels and for the serial numbers of nodes; `next` on it is atomic in CPython.
+new_serial = itertools.count(1).__next__
+
+_nan_check = ContextVar("nan_check", default=False)
+
+
+class Node:
+    """One recorded call: its serial number, and an edge (parent, pull-back) per traced argument."""
+
+    __slots__ = ("dtype", "edges", "name", "serial", "shape")
+
+    def __init__(self, name, value, edges=()):
+        self.serial = new_serial()
+        self.name = name
+        self.edges = edges
+        # The cotangent of this node must come out in this shape and dtype. The value itself is
+        # not kept: an array lives on only if some pull-back mentions it.
+        self.shape = value.shape
+        self.dtype = value.dtype
+
+
+class Tracer:
+    """An array under differentiation: a value (an array, or a tracer of a lower level) and a node.
+
+    Works like a NumPy array, except that it can be neither assigned into nor turned into a plain
+    array: both would cut the gradient without a word.
+    """
+
+    __slots__ = ("level", "node", "value")
+
+    def __init__(self, value, level, node):
+        self.value = value
+        self.level = level
+        self.node = node
+
+    shape = property(lambda self: self.value.shape)
+    dtype = property(lambda self: self.value.dtype)
+    ndim = property(lambda self: self.value.ndim)
+    size = property(lambda self: self.value.size)
+    __hash__ = None
+
+    def __len__(self):
+        return len(self.value)
+
+    def __bool__(self):
+        return bool(plain(self))
+
+    def __repr__(self):
+        return f"Tracer(level={self.level}, {self.value!r})"
+
+    def __setitem__(self, index, value):
+        raise TypeError(
+            f"assignment into a traced array of shape {self.shape}: traced arrays are immutable. "
+            "Build the new array instead: np.where(mask, new, x), np.concatenate or np.stack"
+        )
+
+    def __array__(self, *_args, **_kwargs):
+        raise TypeError(
+            f"a traced array of shape {self.shape} was about to become a plain NumPy array, which "
+            "would cut the gradient. Use np.stack or np.concatenate to build arrays, a function "
+            "that minigrad differentiates, or minigrad.stop_gradient(x) for its plain value"
+        )
+
+    def _no_scalar(self):
+        raise TypeError(
+            f"float(x), int(x) or x.item() of a traced array of shape {self.shape} would cut the "
+            "gradient. Return the value as aux (has_aux=True) or use minigrad.stop_gradient(x)"
+        )
+
+    __float__ = __int__ = __index__ = __complex__ = item = tolist = _no_scalar
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        if method == "reduce" and ufunc in REDUCTIONS:
+            # ufunc.reduce works on axis 0 by default, unlike np.sum.
+            return REDUCTIONS[ufunc](*inputs, **{"axis": 0, **kwargs})
+        if method != "__call__" or ufunc not in TABLE:
+            raise no_rule(f"np.{ufunc.__name__}" + ("" if method == "__call__" else f".{method}"))
+        if kwargs:
+            raise TypeError(
+                f"np.{ufunc.__name__} of a traced array takes no {', '.join(kwargs)}= argument; "
+                "use np.where for `where` and the returned array instead of `out`"
+            )
+        return TABLE[ufunc](*inputs)
+
+    def __array_function__(self, func, _types, args, kwargs):
+        if func not in TABLE:
+            raise no_rule(f"{func.__module__}.{func.__name__}")
+        return TABLE[func](*args, **kwargs)
+
+
+TABLE = {}  # NumPy or SciPy function -> its differentiable counterpart
+REDUCTIONS = {}  # NumPy ufunc -> counterpart of its .reduce
+PRIMITIVES = {}  # name -> primitive: the tests check every entry
+
+
+def no_rule(name):
+    """Return the error for a function that minigrad cannot differentiate."""
+    return NotImplementedError(
+        f"{name} has no derivative rule in minigrad. If its result is a constant of the "
+        "gradient, call it on minigrad.stop_gradient(x); otherwise write it with functions that "
+        "have a rule, or give it one with minigrad.primitive"
+    )
+
+
+def plain(x):
+    """Return the NumPy array inside `x`, through all levels."""
+    while type(x) is Tracer:
+        x = x.value
+    return x
+
+
+def lower(x, level):
+    """Return `x` as it is seen from outside `level`."""
+    while type(x) is Tracer and x.level >= level:
+        x = x.value
+    return x
+
+
+def primitive(f, *rules, name=None, variadic=None, once=False):
+    """Make the array function `f` differentiable.
+
+    `rules[i](ans, *args, **kwargs)` is called when the i-th positional argument is traced, and
+    returns the pull-back `g -> cotangent of that argument`. The pull-back is written with NumPy
+    functions and other primitives, so that it can be differentiated again. It need not undo
+    broadcasting nor care for the dtype: the engine sums and casts its result to the argument's
+    shape and dtype. It keeps alive only the arrays that it mentions. A rule that is None, or
+    missing, says that `f` is not differentiable in that argument; `variadic(i, ans, *args)` is the
+    rule of all positions after `rules`. Keyword arguments are constants.
+
+    With `once=True` the pull-backs may call functions that minigrad cannot differentiate; a
+    second derivative then raises NotImplementedError instead of being silently zero.
+    """
+    name = name or f.__name__
+
+    def op(*args, **kwargs):
+        level = 0
+        for a in args:
+            if type(a) is Tracer and a.level > level:
+                level = a.level
+        if not level:
+            return f(*args, **kwargs)
+
+        values = [a.value if type(a) is Tracer and a.level == level else a for a in args]
+        ans = op(*values, **kwargs)
+        edges = []
+        for i, a in enumerate(args):
+            if type(a) is Tracer and a.level == level:
+                rule = rules[i] if i < len(rules) else None
+                if rule is not None:
+                    pull = rule(ans, *values, **kwargs)
+                elif variadic is not None and i >= len(rules):
+                    pull = variadic(i, ans, *values, **kwargs)
+                else:
+                    raise TypeError(
+                        f"{name} is not differentiable in its argument {i} (shape {a.shape}); "
+                        "pass minigrad.stop_gradient(x) there if it is meant as a constant"
+                    )
+                edges.append((a.node, _only_once(name, pull, values) if once else pull))
+        if not hasattr(ans, "shape"):
+            raise TypeError(f"primitive {name} returned {type(ans).__name__}; return one array")
+        if _nan_check.get():
+            _refuse_nan(ans, f"the forward pass of {name}", values)
+        return Tracer(ans, level, Node(name, ans, edges))
+
+    op.__name__ = op.__qualname__ = name
+    op.__doc__ = f.__doc__
+    if isinstance(f, np.ufunc):
+        TABLE[f] = op
+    PRIMITIVES[name] = op
+    return op
+
+
+def _only_once(name, pull, values):
+    def guarded(g):
+        if type(g) is Tracer or any(type(v) is Tracer for v in values):
+            raise NotImplementedError(
+                f"{name} is differentiable once only: its derivative is computed by a kernel that "
+                "has no rule of its own. Write it with other primitives for higher orders"
+            )
+        return pull(g)
+
+    return guarded
+
+
+def constant(f):
+    """Register `f` as a function whose result is a plain array: its derivative is 0 or none."""
+
+    def op(*args, **kwargs):
+        return f(*(plain(a) for a in args), **kwargs)
+
+    TABLE[f] = op
+    return op
+
+
+def register(*functions):
+    """Decorate a composition of primitives: traced calls of the NumPy `functions` go to it."""
+
+    def decorator(op):
+        for f in functions:
+            TABLE[f] = op
+        return op
+
+    return decorator
+
+
+def backward(node, cotangent):
+    """Pull `cotangent` back from `node`: a dict from the serial numbers of leaves to cotangents.
+
+    A node may be visited only when all that depends on it has been visited. Serial numbers grow
+    as the function runs, so taking the largest first, from a heap, is such an order.
+    """
+    leaves = {}
+    pending = {node.serial: (node, cotangent)}
+    heap = [-node.serial]
+    check = _nan_check.get()
+    while heap:
+        node, g = pending.pop(-heappop(heap))
+        if not node.edges:
+            leaves[node.serial] = g
+            continue
+        for parent, pull in node.edges:
+            c = pull(g)
+            try:
+                fits = c.shape == parent.shape and c.dtype == parent.dtype
+            except AttributeError:  # a rule returned a Python number
+                fits = False
+            if not fits:
+                c = _fit(c, parent)
+            if check:
+                _refuse_nan(c, f"the backward pass of {node.name}", (g,))
+            serial = parent.serial
+            if serial in pending:
+                pending[serial] = (parent, pending[serial][1] + c)
+            else:
+                pending[serial] = (parent, c)
+                heappush(heap, -serial)
+    return leaves
+
+
+def _fit(c, node):
+    """Undo broadcasting: sum `c` down to the shape of `node`, and cast it to its dtype."""
+    shape = node.shape
+    if not hasattr(c, "shape"):
+        c = np.asarray(c, node.dtype)
+    if c.ndim > len(shape):
+        c = np.sum(c, axis=tuple(range(c.ndim - len(shape))))
+    if c.ndim == len(shape):
+        stretched = tuple(i for i, n in enumerate(shape) if n == 1 and c.shape[i] != 1)
+        if stretched:
+            c = np.sum(c, axis=stretched, keepdims=True)
+    if c.shape != shape:
+        c = np.broadcast_to(c, shape)
+    return c if c.dtype == node.dtype else c.astype(node.dtype)
+
+
+@contextmanager
+def nan_check():
+    """Within this context, the first traced operation to produce a NaN raises FloatingPointError.
+
+    The message names the operation, the pass (forward or backward) and the shapes of its inputs.
+    Operations on untraced arrays are NumPy's own and are not looked at.
+    """
+    token = _nan_check.set(True)
+    try:
+        yield
+    finally:
+        _nan_check.reset(token)
+
+
+def _refuse_nan(x, where, inputs):
+    if has_nan(x):
+        shapes = ", ".join(str(np.shape(plain(v))) for v in inputs)
+        origin = "an input already held NaN" if any(map(has_nan, inputs)) else "no input held NaN"
+        raise FloatingPointError(f"first NaN in {where}; inputs of shapes {shapes}; {origin}")
+
+
+def has_nan(x):
+    """Return whether the array inside `x` holds a NaN."""
+    x = plain(x)
+    inexact = isinstance(x, (np.ndarray, np.generic)) and np.issubdtype(x.dtype, np.inexact)
+    return bool((inexact or type(x) is float) and np.isnan(x).any())

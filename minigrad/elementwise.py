@@ -1,0 +1,134 @@
+"""Elementwise primitives: arithmetic, exponentials, trigonometry, selection, and the operators.
+
+Each entry is a NumPy function and, per argument, its rule: from the answer and the arguments to
+the pull-back of the cotangent `g`. Rules are written in NumPy, which dispatches to these same
+primitives when an outer gradient traces them. Where a function has a kink, its derivative is the
+mean of the two one-sided ones: 0 for |x| at 0, one half each for ties of `maximum`.
+"""
+
+import numpy as np
+
+from minigrad.core import TABLE, Tracer, constant, plain, primitive, register
+
+add = primitive(
+    np.add,
+    lambda ans, x, y: lambda g: g,
+    lambda ans, x, y: lambda g: g,
+)
+subtract = primitive(
+    np.subtract,
+    lambda ans, x, y: lambda g: g,
+    lambda ans, x, y: lambda g: -g,
+)
+multiply = primitive(
+    np.multiply,
+    lambda ans, x, y: lambda g: g * y,
+    lambda ans, x, y: lambda g: g * x,
+)
+divide = primitive(
+    np.divide,
+    lambda ans, x, y: lambda g: g / y,
+    lambda ans, x, y: lambda g: -g * ans / y,
+)
+# At x = 0 the rules keep to the limits of polynomials: x**1 has slope 1 there, x**0 has 0.
+power = primitive(
+    np.power,
+    lambda ans, x, y: lambda g: g * y * np.power(x, np.where(y == 0, 1, y - 1)),
+    lambda ans, x, y: lambda g: g * ans * np.log(np.where(x == 0, 1, x)),
+)
+negative = primitive(np.negative, lambda ans, x: lambda g: -g)
+positive = primitive(np.positive, lambda ans, x: lambda g: g)
+exp = primitive(np.exp, lambda ans, x: lambda g: g * ans)
+expm1 = primitive(np.expm1, lambda ans, x: lambda g: g * (ans + 1))
+log = primitive(np.log, lambda ans, x: lambda g: g / x)
+log1p = primitive(np.log1p, lambda ans, x: lambda g: g / (1 + x))
+sqrt = primitive(np.sqrt, lambda ans, x: lambda g: g / (2 * ans))
+square = primitive(np.square, lambda ans, x: lambda g: g * (2 * x))
+absolute = primitive(np.absolute, lambda ans, x: lambda g: g * np.sign(x))
+sin = primitive(np.sin, lambda ans, x: lambda g: g * np.cos(x))
+cos = primitive(np.cos, lambda ans, x: lambda g: -g * np.sin(x))
+tanh = primitive(np.tanh, lambda ans, x: lambda g: g * (1 - ans * ans))
+arctan = primitive(np.arctan, lambda ans, x: lambda g: g / (1 + x * x))
+
+
+def _share(wins, ties):
+    """Return 1 where won, 1/2 where tied, 0 elsewhere, as a factor that keeps float32."""
+    return (2 * wins + ties).astype(np.int8) * np.float16(0.5)
+
+
+maximum = primitive(
+    np.maximum,
+    lambda ans, x, y: lambda g: g * _share(x > y, x == y),
+    lambda ans, x, y: lambda g: g * _share(y > x, x == y),
+)
+minimum = primitive(
+    np.minimum,
+    lambda ans, x, y: lambda g: g * _share(x < y, x == y),
+    lambda ans, x, y: lambda g: g * _share(y < x, x == y),
+)
+# exp(x - ans) is the share of x; the where is for x = y = -inf, whose share would be NaN.
+logaddexp = primitive(
+    np.logaddexp,
+    lambda ans, x, y: lambda g: g * np.exp(x - np.where(ans == -np.inf, 0, ans)),
+    lambda ans, x, y: lambda g: g * np.exp(y - np.where(ans == -np.inf, 0, ans)),
+)
+_where = primitive(
+    np.where,
+    None,
+    lambda ans, condition, x, y: lambda g: np.where(condition, g, 0),
+    lambda ans, condition, x, y: lambda g: np.where(condition, 0, g),
+)
+
+
+@register(np.where)
+def where(condition, x, y):
+    """Return `x` where `condition` holds and `y` elsewhere; the condition is a constant."""
+    return _where(plain(condition), x, y)
+
+
+@register(np.clip)
+def clip(x, min=None, max=None, *, a_min=None, a_max=None):
+    """Return `x` limited to [min, max]; on a limit its derivative is one half, as for maximum."""
+    low, high = (a_min if min is None else min), (a_max if max is None else max)
+    x = x if low is None else maximum(x, low)
+    return x if high is None else minimum(x, high)
+
+
+for _f in (
+    *(np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal),
+    *(np.logical_and, np.logical_or, np.logical_not, np.isnan, np.isinf, np.isfinite),
+    *(np.sign, np.floor, np.ceil, np.rint, np.trunc, np.argmax, np.argmin, np.argsort),
+    *(np.any, np.all, np.allclose, np.array_equal, np.isclose, np.count_nonzero, np.nonzero),
+    *(np.zeros_like, np.ones_like, np.shape, np.ndim, np.size, np.searchsorted),
+):
+    constant(_f)
+
+
+# The operators call the primitives directly, which spares NumPy's dispatch.
+def _swapped(op):
+    return lambda self, other: op(other, self)
+
+
+for _symbol, _op in {
+    "add": add,
+    "sub": subtract,
+    "mul": multiply,
+    "truediv": divide,
+    "pow": power,
+}.items():
+    # An instance attribute of a class must be a function to become a method: primitives are.
+    setattr(Tracer, f"__{_symbol}__", _op)
+    setattr(Tracer, f"__r{_symbol}__", _swapped(_op))
+Tracer.__neg__ = negative
+Tracer.__pos__ = positive
+Tracer.__abs__ = absolute
+Tracer.clip = clip
+for _symbol, _f in {
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+}.items():
+    setattr(Tracer, f"__{_symbol}__", TABLE[_f])

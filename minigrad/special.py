@@ -1,0 +1,272 @@
+r"""Special functions, with SciPy's names; and the log-densities that training spends its time in.
+
+Those that SciPy has as ufuncs (`scipy.special.expit`, ...) work on traced arrays under SciPy's
+name too. `logsumexp`, `softmax` and `log_softmax` do not: SciPy's are plain Python functions.
+"""
+
+import math
+
+import numpy as np
+import scipy.special as sc
+
+from minigrad.core import primitive
+
+__all__ = [
+    "bernoulli_log_prob",
+    "betainc",
+    "betaln",
+    "digamma",
+    "erf",
+    "expit",
+    "gammainc",
+    "gammaln",
+    "log_ndtr",
+    "log_sigmoid",
+    "log_softmax",
+    "logit",
+    "logsumexp",
+    "ndtr",
+    "ndtri",
+    "normal_log_prob",
+    "polygamma",
+    "softmax",
+    "softplus",
+    "xlogy",
+]
+
+_LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+
+# ----------------------------------------------------------------------------- sigmoid and logs
+
+# 1 - expit(x) = expit(-x), without cancellation.
+expit = primitive(sc.expit, lambda ans, x: lambda g: g * ans * expit(-x))
+logit = primitive(sc.logit, lambda ans, x: lambda g: g / (x * (1 - x)))
+
+
+def _softplus(x):
+    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
+
+
+softplus = primitive(_softplus, lambda ans, x: lambda g: g * expit(x), name="softplus")
+softplus.__doc__ = r"""Return $\log(1 + e^x)$, elementwise and without overflow."""
+
+log_sigmoid = primitive(
+    lambda x: -_softplus(-x), lambda ans, x: lambda g: g * expit(-x), name="log_sigmoid"
+)
+log_sigmoid.__doc__ = r"""Return $\log \sigma(x) = -\log(1 + e^{-x})$, without overflow."""
+
+
+def _xlogy_rule(ans, x, y):
+    return lambda g: g * np.log(np.where((x == 0) & (y == 0), 1, y))
+
+
+# x log y with 0 log 0 = 0; both derivatives keep to that limit.
+xlogy = primitive(
+    sc.xlogy,
+    _xlogy_rule,
+    lambda ans, x, y: lambda g: g * x / np.where((x == 0) & (y == 0), 1, y),
+)
+
+
+def _expand(g, axis, keepdims):
+    return g if keepdims or axis is None else np.expand_dims(g, axis)
+
+
+def _logsumexp(x, axis=None, keepdims=False):
+    top = np.max(x, axis=axis, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0).astype(x.dtype)
+    with np.errstate(divide="ignore"):
+        out = np.log(np.sum(np.exp(x - top), axis=axis, keepdims=True)) + top
+    return out if keepdims else np.squeeze(out, axis)[()]
+
+
+def _logsumexp_rule(ans, x, axis=None, keepdims=False):
+    # The softmax is exp(x - ans); where all x are -inf it is left at 0, not NaN.
+    def pull(g):
+        shift = _expand(np.where(ans == -np.inf, 0, ans), axis, keepdims)
+        return _expand(g, axis, keepdims) * np.exp(x - shift)
+
+    return pull
+
+
+_lse = primitive(_logsumexp, _logsumexp_rule, name="logsumexp")
+
+
+def logsumexp(x, axis=None, keepdims=False):
+    r"""Return $\log \sum_i e^{x_i}$ over `axis` (an int, a tuple, None for all), stably."""
+    return _lse(_array(x), axis=axis, keepdims=keepdims)
+
+
+def _softmax(x, axis):
+    e = np.exp(x - np.max(x, axis=axis, keepdims=True))
+    return e / np.sum(e, axis=axis, keepdims=True)
+
+
+_softmax_p = primitive(
+    _softmax,
+    lambda ans, x, axis: lambda g: ans * (g - np.sum(g * ans, axis=axis, keepdims=True)),
+    name="softmax",
+)
+
+
+def softmax(x, axis=-1):
+    r"""Return $e^{x_i} / \sum_j e^{x_j}$ along `axis`."""
+    return _softmax_p(_array(x), axis=axis)
+
+
+_log_softmax = primitive(
+    lambda x, axis: x - _logsumexp(x, axis, keepdims=True),
+    lambda ans, x, axis: lambda g: g - np.exp(ans) * np.sum(g, axis=axis, keepdims=True),
+    name="log_softmax",
+)
+
+
+def log_softmax(x, axis=-1):
+    r"""Return $x_i - \log \sum_j e^{x_j}$ along `axis`."""
+    return _log_softmax(_array(x), axis=axis)
+
+
+def _array(x):
+    return x if hasattr(x, "dtype") else np.asarray(x, float)
+
+
+# ------------------------------------------------------------------------------ gamma and beta
+
+gammaln = primitive(sc.gammaln, lambda ans, x: lambda g: g * digamma(x))
+digamma = primitive(sc.digamma, lambda ans, x: lambda g: g * polygamma(1, x))
+
+_polygamma = primitive(
+    lambda x, n: sc.polygamma(n, x).astype(x.dtype),
+    lambda ans, x, n: lambda g: g * _polygamma(x, n=n + 1),
+    name="polygamma",
+)
+
+
+def polygamma(n, x):
+    """Return the n-th derivative of `digamma` at `x`; `n` is an int."""
+    return _polygamma(_array(x), n=n)
+
+
+betaln = primitive(
+    sc.betaln,
+    lambda ans, a, b: lambda g: g * (digamma(a) - digamma(a + b)),
+    lambda ans, a, b: lambda g: g * (digamma(b) - digamma(a + b)),
+)
+
+
+def _gamma_pdf(a, x):
+    return np.exp(xlogy(a - 1, x) - x - gammaln(a))
+
+
+def _beta_pdf(a, b, x):
+    return np.exp(xlogy(a - 1, x) + xlogy(b - 1, 1 - x) - betaln(a, b))
+
+
+def _kernel(name):
+    """Return the kernel of that name, imported when first called."""
+
+    def call(*args):
+        from minigrad.kernels import shape_derivatives
+
+        return getattr(shape_derivatives, name)(*args)
+
+    return call
+
+
+# The derivatives in the shape parameters have no closed form. Each is a primitive of its own,
+# with a rule in x (mixed derivatives commute) and none in the shapes: asking for one raises.
+_gammainc_da = primitive(
+    _kernel("gammainc_da"),
+    None,
+    lambda ans, a, x: lambda g: g * _gamma_pdf(a, x) * (np.log(x) - digamma(a)),
+    name="gammainc_da",
+)
+gammainc = primitive(
+    sc.gammainc,
+    lambda ans, a, x: lambda g: g * _gammainc_da(a, x),
+    lambda ans, a, x: lambda g: g * _gamma_pdf(a, x),
+)
+_betainc_da = primitive(
+    _kernel("betainc_da"),
+    None,
+    None,
+    lambda ans, a, b, x: (
+        lambda g: g * _beta_pdf(a, b, x) * (np.log(x) - digamma(a) + digamma(a + b))
+    ),
+    name="betainc_da",
+)
+_betainc_db = primitive(
+    _kernel("betainc_db"),
+    None,
+    None,
+    lambda ans, a, b, x: (
+        lambda g: g * _beta_pdf(a, b, x) * (np.log1p(-x) - digamma(b) + digamma(a + b))
+    ),
+    name="betainc_db",
+)
+betainc = primitive(
+    sc.betainc,
+    lambda ans, a, b, x: lambda g: g * _betainc_da(a, b, x),
+    lambda ans, a, b, x: lambda g: g * _betainc_db(a, b, x),
+    lambda ans, a, b, x: lambda g: g * _beta_pdf(a, b, x),
+)
+
+# ---------------------------------------------------------------------------------- the normal
+
+
+def _normal_pdf(x):
+    return np.exp(-0.5 * x * x - _LOG_SQRT_2PI)
+
+
+erf = primitive(sc.erf, lambda ans, x: lambda g: g * (2 / math.sqrt(math.pi)) * np.exp(-x * x))
+ndtr = primitive(sc.ndtr, lambda ans, x: lambda g: g * _normal_pdf(x))
+ndtri = primitive(sc.ndtri, lambda ans, p: lambda g: g / _normal_pdf(ans))
+log_ndtr = primitive(
+    sc.log_ndtr, lambda ans, x: lambda g: g * np.exp(-0.5 * x * x - _LOG_SQRT_2PI - ans)
+)
+
+
+# ------------------------------------------------------------------------- fused log-densities
+
+
+def _normal_log_prob(x, loc, scale):
+    z = (x - loc) / scale
+    return -0.5 * (z * z) - np.log(scale) - _LOG_SQRT_2PI
+
+
+_normal_log_prob = primitive(
+    _normal_log_prob,
+    lambda ans, x, loc, scale: lambda g: g * (loc - x) / (scale * scale),
+    lambda ans, x, loc, scale: lambda g: g * (x - loc) / (scale * scale),
+    lambda ans, x, loc, scale: lambda g: g * (((x - loc) / scale) ** 2 - 1) / scale,
+    name="normal_log_prob",
+)
+
+
+def normal_log_prob(x, loc, scale):
+    r"""Return $\log N(x; \mu, \sigma^2)$ elementwise, constants included, in nats.
+
+    $-\frac{1}{2}(x - \mu)^2/\sigma^2 - \log\sigma - \frac{1}{2}\log 2\pi$; the arguments broadcast.
+    """
+    return _normal_log_prob(x, loc, scale)
+
+
+def _bernoulli_log_prob(logits, x):
+    return x * logits - _softplus(logits)
+
+
+_bernoulli_log_prob = primitive(
+    _bernoulli_log_prob,
+    lambda ans, logits, x: lambda g: g * (x - expit(logits)),
+    lambda ans, logits, x: lambda g: g * logits,
+    name="bernoulli_log_prob",
+)
+
+
+def bernoulli_log_prob(logits, x):
+    r"""Return $x a - \log(1 + e^a)$, the Bernoulli log-probability of `x` at the logits $a$.
+
+    Elementwise, in nats, without overflow. For `x` strictly between 0 and 1 it is the
+    cross-entropy, which is no log-density: it lacks a normaliser.
+    """
+    return _bernoulli_log_prob(logits, x)

@@ -1,0 +1,262 @@
+"""Functional transforms: `vjp`, and what follows from it: grad, jvp, hvp, jacobian, hessian.
+
+All take and return nested containers of arrays (see `minigrad.tree`), and nest to any order.
+"""
+
+import numpy as np
+
+from minigrad import tree
+from minigrad.core import Node, Tracer, _nan_check, backward, has_nan, lower, new_serial, plain
+
+__all__ = [
+    "grad",
+    "hessian",
+    "hvp",
+    "jacobian",
+    "jvp",
+    "stop_gradient",
+    "value_and_grad",
+    "vjp",
+]
+
+
+def vjp(f, *primals, has_aux=False):
+    r"""Return `f(*primals)` and its pull-back, the map $\bar y \mapsto J^\top \bar y$.
+
+    `primals` and the result of `f` are trees of arrays. The pull-back takes a cotangent of the
+    structure and shapes of the result, and returns a tuple: one cotangent per primal, with its
+    structure, shapes and dtypes. It may be called any number of times.
+
+    With `has_aux`, `f` returns `(out, aux)`, and `(out, pull-back, aux)` is returned.
+
+    Raises TypeError for integer or complex primals and for a cotangent that does not match.
+
+    >>> y, pullback = vjp(lambda x: np.sin(x["a"]) * 2, {"a": np.zeros(3)})
+    >>> pullback(np.ones(3))
+    ({'a': array([2., 2., 2.])},)
+    """
+    values, treedef = tree.flatten(primals)
+    level = new_serial()
+    tracers = []
+    for i, value in enumerate(values):
+        if type(value) is not Tracer:
+            value = _differentiable(value, i, primals)
+        tracers.append(Tracer(value, level, Node("argument", value)))
+    out = f(*tree.unflatten(treedef, tracers))
+    aux = None
+    if has_aux:
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(f"with has_aux=True, f returns (value, aux); it returned {_kind(out)}")
+        out, aux = out
+        aux = tree.map(lambda a: lower(a, level), aux)
+    out_leaves, out_def = tree.flatten(out)
+    roots = [_root(leaf, level) for leaf in out_leaves]
+    out_values = [lower(leaf, level) for leaf in out_leaves]
+    inputs = [t.node for t in tracers]
+
+    def pullback(cotangent):
+        cotangents, ct_def = tree.flatten(cotangent)
+        if ct_def != out_def:
+            raise TypeError(
+                f"the cotangent has the structure {ct_def}, the result of f has {out_def}; "
+                "they must be the same"
+            )
+        total = {}
+        for root, ct, value in zip(roots, cotangents, out_values):
+            if np.shape(ct) != np.shape(value):
+                raise TypeError(
+                    f"a cotangent of shape {np.shape(ct)} for a result of shape {np.shape(value)}; "
+                    "they must be the same"
+                )
+            if root is not None:
+                if type(ct) is not Tracer and getattr(ct, "dtype", None) != root.dtype:
+                    ct = np.asarray(ct, root.dtype)
+                for serial, g in backward(root, ct).items():
+                    total[serial] = total[serial] + g if serial in total else g
+        return tree.unflatten(treedef, _own([_cotangent(total, node) for node in inputs]))
+
+    value = tree.unflatten(out_def, out_values)
+    return (value, pullback, aux) if has_aux else (value, pullback)
+
+
+def _differentiable(value, i, primals):
+    """Return the leaf `value` as a floating-point array, or say why it cannot be one."""
+    if isinstance(value, (np.ndarray, np.floating)) and value.dtype.kind == "f":
+        array = value
+    elif type(value) is float:
+        array = np.float64(value)
+    else:
+        path = tree.paths(primals)[i]
+        found = str(value.dtype) if isinstance(value, (np.ndarray, np.generic)) else _kind(value)
+        raise TypeError(
+            f"only real floating-point arrays can be differentiated, but argument {path} is "
+            f"{found}; pass it as a float array (x.astype(float)) or leave it out of the "
+            "differentiated arguments (argnums, or a closure)"
+        )
+    if _nan_check.get() and has_nan(array):
+        raise FloatingPointError(f"argument {tree.paths(primals)[i]} already holds NaN")
+    return array
+
+
+def _root(leaf, level):
+    """Return the node of an output leaf at `level`, or None where it does not depend on it."""
+    while type(leaf) is Tracer and leaf.level > level:
+        leaf = leaf.value
+    if type(leaf) is Tracer and leaf.level == level:
+        return leaf.node
+    if type(leaf) is Tracer or isinstance(leaf, (np.ndarray, np.generic, float, int)):
+        return None
+    raise TypeError(f"f must return arrays (nested in containers if need be), not {_kind(leaf)}")
+
+
+def _cotangent(total, node):
+    g = total.get(node.serial)
+    return np.zeros(node.shape, node.dtype) if g is None else g
+
+
+def _own(cotangents):
+    """Copy plain results that are views or shared, so that the caller may write into each."""
+    seen = set()
+    for i, g in enumerate(cotangents):
+        if type(g) is np.ndarray and (not g.flags.owndata or id(g) in seen):
+            cotangents[i] = g.copy()
+        seen.add(id(g))
+    return cotangents
+
+
+def _kind(x):
+    return f"a {type(x).__name__}"
+
+
+def value_and_grad(f, argnums=0, has_aux=False):
+    """Return the function `(*args) -> (f(*args), gradient)` for a scalar-valued `f`.
+
+    The gradient has the structure, shapes and dtypes of the argument that `argnums` names; a tuple
+    of numbers gives a tuple of gradients. With `has_aux`, `f` returns `(value, aux)`, and the
+    result is `((value, aux), gradient)`. Raises TypeError where `f` does not return one scalar.
+    """
+
+    def gradient(*args, **kwargs):
+        nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+        if not all(-len(args) <= n < len(args) for n in nums):
+            raise TypeError(f"argnums={argnums}, but there are {len(args)} positional arguments")
+
+        def of_chosen(*chosen):
+            full = list(args)
+            for n, arg in zip(nums, chosen):
+                full[n] = arg
+            return f(*full, **kwargs)
+
+        value, pullback, *aux = vjp(of_chosen, *(args[n] for n in nums), has_aux=has_aux)
+        if np.shape(value) != () or isinstance(value, (dict, list, tuple, type(None))):
+            found = (
+                _kind(value)
+                if isinstance(value, (dict, list, tuple, type(None)))
+                else f"an array of shape {np.shape(value)}"
+            )
+            raise TypeError(
+                f"grad needs a function that returns one scalar; this one returned {found}. "
+                "Reduce it (np.sum, np.mean), return the rest as aux (has_aux=True), or use "
+                "jacobian or vjp"
+            )
+        grads = pullback(np.ones((), getattr(value, "dtype", np.float64)))
+        grads = grads[0] if isinstance(argnums, int) else grads
+        return ((value, *aux) if has_aux else value), grads
+
+    return gradient
+
+
+def grad(f, argnums=0, has_aux=False):
+    """Return the gradient function of a scalar-valued `f`; with `has_aux`, (gradient, aux).
+
+    >>> float(grad(lambda x: x**3)(2.0)), float(grad(grad(lambda x: x**3))(2.0))
+    (12.0, 12.0)
+    """
+    both = value_and_grad(f, argnums, has_aux)
+
+    def gradient(*args, **kwargs):
+        value, grads = both(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return gradient
+
+
+def jvp(f, primals, tangents):
+    r"""Return `f(*primals)` and $J v$, the derivative of `f` along `tangents`.
+
+    `primals` and `tangents` are tuples of the same structure and shapes. The pull-back
+    $\bar y \mapsto J^\top \bar y$ is linear, so its own pull-back is $v \mapsto J v$, at any
+    $\bar y$: two reverse passes, and no second table of rules.
+    """
+    if not (isinstance(primals, tuple) and isinstance(tangents, tuple)):
+        raise TypeError("jvp takes the primals and the tangents as tuples: jvp(f, (x,), (v,))")
+    out, pullback = vjp(f, *primals)
+    anywhere = tree.map(lambda y: np.zeros(np.shape(y), getattr(y, "dtype", np.float64)), out)
+    return out, vjp(pullback, anywhere)[1](tangents)[0]
+
+
+def hvp(f, primals, tangents):
+    """Return the product of the Hessian of a scalar-valued `f` with `tangents`: a tuple.
+
+    The Hessian is symmetric, so the pull-back of the gradient does it, one pass less than `jvp`.
+    """
+    if not (isinstance(primals, tuple) and isinstance(tangents, tuple)):
+        raise TypeError("hvp takes the primals and the tangents as tuples: hvp(f, (x,), (v,))")
+    gradient = grad(f, argnums=tuple(range(len(primals))))
+    return vjp(gradient, *primals)[1](tangents)
+
+
+def jacobian(f, argnums=0):
+    """Return the function `(*args) -> Jacobian` of `f` in the argument that `argnums` names.
+
+    For a result of shape S and an argument of shape X, an array of shape S + X; for containers,
+    the structure of the result with, in place of each leaf, the structure of the argument. One
+    backward pass per element of the result.
+    """
+
+    def matrix(*args, **kwargs):
+        nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+        def of_chosen(*chosen):
+            full = list(args)
+            for n, arg in zip(nums, chosen):
+                full[n] = arg
+            return f(*full, **kwargs)
+
+        out, pullback = vjp(of_chosen, *(args[n] for n in nums))
+        leaves, treedef = tree.flatten(out)
+        blocks = []
+        for i, leaf in enumerate(leaves):
+            shape = np.shape(leaf)
+            rows = []
+            for j in range(int(np.prod(shape))):
+                unit = [np.zeros(np.shape(y), getattr(y, "dtype", np.float64)) for y in leaves]
+                unit[i].flat[j] = 1
+                rows.append(pullback(tree.unflatten(treedef, unit)))
+            if not rows:  # an empty result: no pass gives the structure of the argument
+                rows = None
+                chosen = tuple(args[n] for n in nums)
+                block = tree.map(lambda x, s=shape: np.zeros(s + np.shape(x)), chosen)
+            else:
+                block = tree.map(
+                    lambda *r, s=shape: np.reshape(np.stack(r), s + np.shape(r[0])), *rows
+                )
+            blocks.append(block[0] if isinstance(argnums, int) else block)
+        return tree.unflatten(treedef, blocks)
+
+    return matrix
+
+
+def hessian(f, argnums=0):
+    """Return the function `(*args) -> Hessian` of a scalar-valued `f`: the Jacobian of `grad(f)`.
+
+    >>> hessian(lambda x: np.prod(x))(np.array([2.0, 3.0]))
+    array([[0., 1.],
+           [1., 0.]])
+    """
+    return jacobian(grad(f, argnums), argnums)
+
+
+def stop_gradient(x):
+    """Return `x`, a tree of arrays, as constants: plain arrays, at every level."""
+    return tree.map(plain, x)
