@@ -36,8 +36,13 @@ class Node:
         self.edges = edges
         # The cotangent of this node must come out in this shape and dtype. The value itself is
         # not kept: an array lives on only if some pull-back mentions it.
-        self.shape = value.shape
-        self.dtype = value.dtype
+        try:
+            self.shape = value.shape
+            self.dtype = value.dtype
+        except AttributeError:
+            raise TypeError(
+                f"primitive {name} returned a {type(value).__name__}; it must return one array"
+            ) from None
 
 
 class Tracer:
@@ -161,15 +166,20 @@ def primitive(f, *rules, name=None, variadic=None, once=False):
         if not level:
             return f(*args, **kwargs)
 
-        values = [a.value if type(a) is Tracer and a.level == level else a for a in args]
-        ans = op(*values, **kwargs)
+        values, nested = [], False
+        for a in args:
+            if type(a) is Tracer:
+                if a.level == level:
+                    a = a.value
+                nested = nested or type(a) is Tracer
+            values.append(a)
+        ans = op(*values, **kwargs) if nested else f(*values, **kwargs)
         edges = []
         for i, a in enumerate(args):
             if type(a) is Tracer and a.level == level:
-                rule = rules[i] if i < len(rules) else None
-                if rule is not None:
-                    pull = rule(ans, *values, **kwargs)
-                elif variadic is not None and i >= len(rules):
+                if i < len(rules) and rules[i]:
+                    pull = rules[i](ans, *values, **kwargs)
+                elif i >= len(rules) and variadic:
                     pull = variadic(i, ans, *values, **kwargs)
                 else:
                     raise TypeError(
@@ -177,8 +187,6 @@ def primitive(f, *rules, name=None, variadic=None, once=False):
                         "pass minigrad.stop_gradient(x) there if it is meant as a constant"
                     )
                 edges.append((a.node, _only_once(name, pull, values) if once else pull))
-        if not hasattr(ans, "shape"):
-            raise TypeError(f"primitive {name} returned {type(ans).__name__}; return one array")
         if _nan_check.get():
             _refuse_nan(ans, f"the forward pass of {name}", values)
         return Tracer(ans, level, Node(name, ans, edges))

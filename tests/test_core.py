@@ -389,3 +389,9 @@ def test_a_tracer_reads_like_an_array():
         return x.T.mT.sum()
 
     np.testing.assert_array_equal(grad(f)(np.ones((2, 3))), np.ones((2, 3)))
+
+
+def test_a_primitive_must_return_one_array():
+    pair = primitive(lambda x: (x, x), lambda ans, x: lambda g: g, name="test_pair")
+    with pytest.raises(TypeError, match="primitive test_pair returned a tuple"):
+        grad(lambda x: pair(x)[0])(1.0)
