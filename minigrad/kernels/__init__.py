@@ -1,0 +1,1 @@
+"""Numerical kernels on plain arrays: no tracers here, the primitives of minigrad call these."""
