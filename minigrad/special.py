@@ -65,12 +65,9 @@ def _softplus(x):
 
 
 softplus = primitive(_softplus, lambda ans, x: lambda g: g * expit(x), name="softplus")
-softplus.__doc__ = r"""Return $\log(1 + e^x)$, elementwise and without overflow."""
-
 log_sigmoid = primitive(
     lambda x: -_softplus(-x), lambda ans, x: lambda g: g * expit(-x), name="log_sigmoid"
 )
-log_sigmoid.__doc__ = r"""Return $\log \sigma(x) = -\log(1 + e^{-x})$, without overflow."""
 
 
 def _xlogy_rule(ans, x, y):
@@ -287,3 +284,29 @@ def bernoulli_log_prob(logits, x):
     cross-entropy, which is no log-density: it lacks a normaliser.
     """
     return _bernoulli_log_prob(logits, x)
+
+
+# SciPy's own docstrings speak of `out` and of complex numbers; these are elementwise and broadcast.
+for _op, _doc in {
+    expit: r"Return $\sigma(x) = 1 / (1 + e^{-x})$.",
+    logit: r"Return $\log\frac{p}{1 - p}$, the inverse of `expit`.",
+    softplus: r"Return $\log(1 + e^x)$, without overflow.",
+    log_sigmoid: r"Return $\log \sigma(x) = -\log(1 + e^{-x})$, without overflow.",
+    xlogy: r"Return $x \log y$, with $0 \log 0 = 0$.",
+    gammaln: r"Return $\log |\Gamma(x)|$.",
+    digamma: r"Return $\psi(x) = \frac{d}{dx} \log \Gamma(x)$.",
+    betaln: r"Return $\log B(a, b) = \log \Gamma(a) + \log \Gamma(b) - \log \Gamma(a + b)$.",
+    gammainc: r"""Return $P(a, x) = \int_0^x t^{a-1} e^{-t} dt / \Gamma(a)$, the Gamma(a, 1) CDF.
+
+    Differentiable to any order in `x`, once in `a`; a second derivative there raises TypeError.
+    """,
+    betainc: r"""Return $I_x(a, b) = \int_0^x t^{a-1} (1-t)^{b-1} dt / B(a, b)$, the Beta(a, b) CDF.
+
+    Differentiable to any order in `x`, once in `a` and `b`; more there raises TypeError.
+    """,
+    erf: r"Return $\frac{2}{\sqrt\pi} \int_0^x e^{-t^2} dt$.",
+    ndtr: r"Return $\Phi(x)$, the CDF of the standard normal.",
+    ndtri: r"Return $\Phi^{-1}(p)$, the quantile of the standard normal.",
+    log_ndtr: r"Return $\log \Phi(x)$, accurate far into the lower tail.",
+}.items():
+    _op.__doc__ = _doc

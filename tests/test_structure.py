@@ -285,7 +285,9 @@ def test_figures_cited_in_a_chapter_exist(path):
     prose = "\n".join(
         t for kind, _, t in outline.cells(path.read_text(encoding="utf-8")) if kind == "markdown"
     )
-    missing = set(re.findall(r"\bfigure_(\w+)", prose)) - there.keys()
+    cited = re.findall(r"\bfigure_(\w+)", prose)
+    cited += [label.replace("-", "_") for label in re.findall(r"`fig-([\w-]+)`", prose)]
+    missing = set(cited) - there.keys()
     assert not missing, f"{path.name} cites figures that no function draws: {missing}"
 
 
