@@ -192,7 +192,7 @@ def primitive(f, *rules, name=None, variadic=None, once=False):
         return Tracer(ans, level, Node(name, ans, edges))
 
     op.__name__ = op.__qualname__ = name
-    op.__doc__ = f.__doc__
+    op.__doc__ = f"Differentiable; for what it computes see {name} in NumPy or SciPy."
     if isinstance(f, np.ufunc):
         TABLE[f] = op
     PRIMITIVES[name] = op
