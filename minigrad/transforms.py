@@ -6,7 +6,16 @@ All take and return nested containers of arrays (see `minigrad.tree`), and nest 
 import numpy as np
 
 from minigrad import tree
-from minigrad.core import Node, Tracer, _nan_check, backward, has_nan, lower, new_serial, plain
+from minigrad.core import (
+    Tracer,
+    _nan_check,
+    backward,
+    has_nan,
+    lower,
+    new_level,
+    new_node,
+    plain,
+)
 
 __all__ = [
     "grad",
@@ -36,12 +45,12 @@ def vjp(f, *primals, has_aux=False):
     ({'a': array([2., 2., 2.])},)
     """
     values, treedef = tree.flatten(primals)
-    level = new_serial()
+    level = new_level()
     tracers = []
     for i, value in enumerate(values):
         if type(value) is not Tracer:
             value = _differentiable(value, i, primals)
-        tracers.append(Tracer(value, level, Node("argument", value)))
+        tracers.append(Tracer(value, level, new_node("argument", value)))
     out = f(*tree.unflatten(treedef, tracers))
     aux = None
     if has_aux:
@@ -69,11 +78,11 @@ def vjp(f, *primals, has_aux=False):
                     "they must be the same"
                 )
             if root is not None:
-                if type(ct) is not Tracer and getattr(ct, "dtype", None) != root.dtype:
-                    ct = np.asarray(ct, root.dtype)
+                if type(ct) is not Tracer and getattr(ct, "dtype", None) != value.dtype:
+                    ct = np.asarray(ct, value.dtype)
                 for serial, g in backward(root, ct).items():
                     total[serial] = total[serial] + g if serial in total else g
-        return tree.unflatten(treedef, _own([_cotangent(total, node) for node in inputs]))
+        return tree.unflatten(treedef, _own([_cotangent(total, *node) for node in inputs]))
 
     value = tree.unflatten(out_def, out_values)
     return (value, pullback, aux) if has_aux else (value, pullback)
@@ -109,9 +118,8 @@ def _root(leaf, level):
     raise TypeError(f"f must return arrays (nested in containers if need be), not {_kind(leaf)}")
 
 
-def _cotangent(total, node):
-    g = total.get(node.serial)
-    return np.zeros(node.shape, node.dtype) if g is None else g
+def _cotangent(total, serial, _edges, shape, dtype, _name):
+    return total[serial] if serial in total else np.zeros(shape, dtype)
 
 
 def _own(cotangents):

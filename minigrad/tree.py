@@ -36,24 +36,6 @@ LEAF = Treedef(None)
 _NONE = Treedef(type(None))
 
 
-def _children(tree):
-    """Return (kind, keys, children) of a container, or None for a leaf."""
-    kind = type(tree)
-    if kind is dict:
-        try:
-            keys = tuple(sorted(tree))
-        except TypeError:
-            raise TypeError(
-                f"a dict of parameters needs keys that can be sorted, got {list(tree)}; use strings"
-            ) from None
-        return dict, keys, [tree[k] for k in keys]
-    if kind is list or kind is tuple:
-        return kind, tuple(range(len(tree))), tree
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return kind, tree._fields, tree
-    return None
-
-
 def flatten(tree):
     """Return the leaves of `tree` as a list, and its `Treedef`.
 
@@ -65,14 +47,25 @@ def flatten(tree):
 
 
 def _flatten_into(tree, out):
-    if tree is None:
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        keys, children = tuple(range(len(tree))), tree
+    elif kind is dict:
+        try:
+            keys = tuple(sorted(tree))
+        except TypeError:
+            raise TypeError(
+                f"a dict of parameters needs keys that can be sorted, got {list(tree)}; use strings"
+            ) from None
+        children = [tree[k] for k in keys]
+    elif tree is None:
         return _NONE
-    container = _children(tree)
-    if container is None:
+    elif issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        keys, children = kind._fields, tree
+    else:
         out.append(tree)
         return LEAF
-    kind, keys, children = container
-    return Treedef(kind, keys, tuple(_flatten_into(c, out) for c in children))
+    return Treedef(kind, keys, tuple([_flatten_into(c, out) for c in children]))
 
 
 def unflatten(treedef, leaves):
