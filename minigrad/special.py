@@ -245,7 +245,9 @@ log_ndtr = primitive(
 
 def _normal_log_prob(x, loc, scale):
     z = (x - loc) / scale
-    return -0.5 * (z * z) - np.log(scale) - _LOG_SQRT_2PI
+    # np.log of a Python number is a float64, which would widen a float32 x.
+    log_scale = math.log(scale) if type(scale) in (int, float) else np.log(scale)
+    return -0.5 * (z * z) - log_scale - _LOG_SQRT_2PI
 
 
 _normal_log_prob = primitive(
