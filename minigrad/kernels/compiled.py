@@ -1,0 +1,199 @@
+"""Compiled kernels: how they are loaded, cached and spread over threads.
+
+A family of kernels is two files. `name.py` holds the public functions with their checks, the NumPy
+twins, and the choice between twin and kernel by shape. `name_numba.py` holds the loops:
+
+    from minigrad.kernels.compiled import njit
+
+    @njit
+    def scale_rows(x, s, out):  # x (N, D), s (N,), out (N, D)
+        for n in range(x.shape[0]): ...
+
+It is imported when first needed, through `load`, and nothing is compiled before the first call:
+
+    fast = compiled.load("name_numba")  # None where the twins are to run
+    if fast is None or x.size < SMALL:
+        return _twin(x, s)
+    out = np.empty_like(x)
+    compiled.parallel(lambda rows: fast.scale_rows(x[rows], s[rows], out[rows]), blocks)
+
+What a kernel must keep to:
+- it calls kernels of its own file only, and reads no globals but constants: Numba's cache does not
+  notice a change elsewhere;
+- every signature is compiled once per machine, half a second or more each: pass C-contiguous
+  arrays (another layout is another signature), and Python ints and floats of one kind;
+- no `parallel=True`: Numba's threads and those of BLAS would wait for each other while spinning.
+  A kernel is a plain loop that releases the GIL, and `parallel` runs it on threads that sleep;
+- the pieces given to `parallel` follow from the shapes and never from the number of threads, each
+  writes to its own part of the output, and partial sums are added in a fixed order afterwards. So
+  the results are the same bits with any number of threads.
+
+There is one setting for the number of threads, that of NumPy's BLAS: OMP_NUM_THREADS,
+`threadpoolctl.threadpool_limits` and so on count for the kernels as well.
+
+MINIGRAD_KERNELS=numpy, or a missing Numba, runs everything on the twins. NUMBA_DISABLE_JIT=1 runs
+the loops of the kernels uncompiled.
+"""
+
+import functools
+import importlib
+import os
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+from threadpoolctl import ThreadpoolController
+
+from minigrad.source import source_hash
+
+__all__ = ["load", "njit", "parallel", "threads"]
+
+
+@functools.cache
+def load(name):
+    """Return the module `minigrad.kernels.<name>`, or None where the NumPy twins are to run."""
+    choice = os.environ.get("MINIGRAD_KERNELS") or "numba"
+    if choice not in ("numba", "numpy"):
+        raise ValueError(f"MINIGRAD_KERNELS is {choice!r}; it must be 'numba', 'numpy' or unset")
+    if choice == "numpy" or _numba() is None:
+        return None
+    return importlib.import_module(f"minigrad.kernels.{name}")
+
+
+@functools.cache
+def _numba():
+    try:
+        import numba
+    except ModuleNotFoundError:
+        return None
+    except ImportError as error:  # it refuses a NumPy that is too new for it
+        warnings.warn(f"Numba cannot be used, kernels run on NumPy: {error}", stacklevel=3)
+        return None
+    return numba
+
+
+def njit(kernel=None, *, noalias=False):
+    """Compile `kernel` when it is first called, for each signature; without Numba return it as is.
+
+    Division by zero gives what it gives in NumPy. The compiler may fuse a product and a sum into
+    one instruction but may not assume anything about NaN or infinities. With `noalias=True` it may
+    assume that no array argument overlaps another: then what a loop adds up in the elements of one
+    array can stay in registers while it reads the others.
+    """
+    if kernel is None:
+        return functools.partial(njit, noalias=noalias)
+    numba = _numba()
+    if numba is None:
+        return kernel
+    options = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+    if noalias:
+        options["pipeline_class"] = _no_alias_compiler()
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(_cache_folder(before))
+    try:
+        return numba.njit(kernel, cache=True, **options)
+    except RuntimeError:  # neither that folder nor Numba's own ones can be written to
+        return numba.njit(kernel, **options)
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+@functools.cache
+def _no_alias_compiler():
+    from numba.core.compiler import Compiler
+
+    class NoAliasCompiler(Compiler):
+        def define_pipelines(self):
+            self.state.flags.noalias = True
+            return super().define_pipelines()
+
+    return NoAliasCompiler
+
+
+def _cache_folder(chosen):
+    """Folder of compiled kernels: below the `chosen` one or the user's caches, keyed by source."""
+    home = Path.home()
+    if sys.platform == "win32":
+        caches = os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        caches = home / "Library" / "Caches"
+    else:
+        caches = os.environ.get("XDG_CACHE_HOME") or home / ".cache"
+    return Path(chosen or caches) / "minigrad" / f"numba-{_source_hash()}"
+
+
+_source_hash = functools.cache(source_hash)
+
+# ------------------------------------------------------------------------------------- threads
+
+
+def threads():
+    """Return the number of threads that kernels may use: that of NumPy's BLAS, or one per core."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        cores = os.cpu_count() or 1
+    blas = _blas()
+    return min([cores, *(library.num_threads for library in blas)])
+
+
+def parallel(work, pieces):
+    """Call `work(piece)` for every piece, on `threads()` threads; BLAS inside them has one.
+
+    Worth its 50 microseconds or so where a piece takes at least as long. A call from within `work`,
+    or while another thread is here, does its pieces one after the other.
+    """
+    pieces = list(pieces)
+    helpers = min(threads(), len(pieces)) - 1
+    if not _alone.acquire(blocking=False):
+        for piece in pieces:
+            work(piece)
+        return
+    before = [library.num_threads for library in _blas()]
+    try:
+        for library in _blas():
+            library.set_num_threads(1)
+        todo = iter(pieces)  # shared: each thread takes the next piece
+
+        def run():
+            for piece in todo:
+                work(piece)
+
+        futures = [_pool().submit(run) for _ in range(helpers)]
+        try:
+            run()
+        finally:
+            started = [future for future in futures if not future.cancel()]
+            wait(started)
+        for future in started:
+            future.result()
+    finally:
+        for library, number in zip(_blas(), before):
+            library.set_num_threads(number)
+        _alone.release()
+
+
+@functools.cache
+def _pool():
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="minigrad")
+
+
+@functools.cache
+def _blas():
+    """NumPy's BLAS, as what threadpoolctl can ask and set; empty where it cannot."""
+    return ThreadpoolController().select(user_api="blas").lib_controllers
+
+
+_alone = threading.Lock()
+
+
+def _after_fork():
+    global _alone
+    _alone = threading.Lock()
+    _pool.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
