@@ -25,7 +25,7 @@ def _sum_rule(ans, x, axis=None, keepdims=False):
     return lambda g: np.broadcast_to(np.expand_dims(g, axis) if expand else g, shape)
 
 
-_sum = primitive(np.sum, _sum_rule, name="sum")
+_sum = primitive(np.add.reduce, _sum_rule, name="sum")
 
 
 @register(np.sum)

@@ -189,8 +189,8 @@ def primitive(f, *rules, name=None, variadic=None, once=False):
             _refuse_nan(ans, f"the forward pass of {name}", values)
         return Tracer(ans, level, new_node(name, ans, edges))
 
-    if isinstance(f, np.ufunc) and f.nin == 1:
-        op = _unary(f, *rules, name)
+    if isinstance(f, np.ufunc) and f.nin <= 2:
+        op = (_unary if f.nin == 1 else _binary)(f, *rules, name)
     op.__name__ = op.__qualname__ = name
     op.__doc__ = f"Differentiable; for what it computes see {name} in NumPy or SciPy."
     if isinstance(f, np.ufunc):
@@ -207,10 +207,32 @@ def _unary(f, rule, name):
             return f(x)
         value = x.value
         ans = op(value)
-        node = (new_serial(), ((x.node, rule(ans, value)),), ans.shape, ans.dtype, name)
+        edges = ((x.node, rule(ans, value)),)
         if _nan_check.get():
             _refuse_nan(ans, f"the forward pass of {name}", [value])
-        return Tracer(ans, x.level, node)
+        return Tracer(ans, x.level, (new_serial(), edges, ans.shape, ans.dtype, name))
+
+    return op
+
+
+def _binary(f, left, right, name):
+    """Return what `primitive` makes of a function of two arrays, without loops."""
+
+    def op(x, y):
+        level_x = x.level if type(x) is Tracer else 0
+        level_y = y.level if type(y) is Tracer else 0
+        level = level_x if level_x > level_y else level_y
+        if not level:
+            return f(x, y)
+        u = x.value if level_x == level else x
+        v = y.value if level_y == level else y
+        ans = op(u, v)
+        edges = ((x.node, left(ans, u, v)),) if level_x == level else ()
+        if level_y == level:
+            edges += ((y.node, right(ans, u, v)),)
+        if _nan_check.get():
+            _refuse_nan(ans, f"the forward pass of {name}", [u, v])
+        return Tracer(ans, level, (new_serial(), edges, ans.shape, ans.dtype, name))
 
     return op
 
@@ -287,11 +309,11 @@ def _fit(c, shape, dtype):
     if not hasattr(c, "shape"):
         c = np.asarray(c, dtype)
     if c.ndim > len(shape):
-        c = np.sum(c, axis=tuple(range(c.ndim - len(shape))))
+        c = np.add.reduce(c, axis=tuple(range(c.ndim - len(shape))))  # np.sum without its wrapper
     if c.ndim == len(shape):
         stretched = tuple(i for i, n in enumerate(shape) if n == 1 and c.shape[i] != 1)
         if stretched:
-            c = np.sum(c, axis=stretched, keepdims=True)
+            c = np.add.reduce(c, axis=stretched, keepdims=True)
     if c.shape != shape:
         c = np.broadcast_to(c, shape)
     return c if c.dtype == dtype else c.astype(dtype)

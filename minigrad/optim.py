@@ -32,12 +32,6 @@ __all__ = [
     "sgd",
 ]
 
-# Every step frees the last parameters, moments and gradients, and makes new ones. The C library of
-# Linux hands such arrays back to the system and gets them again page by page, at a third of the
-# cost of a step of a small network. It learns to keep them once it has seen a block of up to 32 MB
-# freed; the one below is never written to and costs microseconds.
-np.empty((32 << 20) - 65536, np.uint8)
-
 
 class Optimizer(NamedTuple):
     """`init(params)` returns a state; `update(grads, state, params)` the new params and state."""
