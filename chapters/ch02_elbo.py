@@ -208,13 +208,13 @@
 #
 # The three results are one number, written in three forms:
 #
-# $$ \mathcal{L}(q, \theta)
-#    = \underbrace{\mathbb{E}_q[\log p_\theta(x, z)]
-#      - \mathbb{E}_q[\log q(z)]}_{\text{energy and entropy}}
-#    = \underbrace{\mathbb{E}_q[\log p_\theta(x \mid z)]
-#      - \mathrm{KL}(q \,\|\, p(z))}_{\text{reconstruction and rate}}
-#    = \underbrace{\log p_\theta(x)
-#      - \mathrm{KL}(q \,\|\, p_\theta(z \mid x))}_{\text{evidence and gap}} . $$ (eq-elbo-forms)
+# $$ \begin{aligned} \mathcal{L}(q, \theta)
+#    &= \mathbb{E}_q[\log p_\theta(x, z)] - \mathbb{E}_q[\log q(z)]
+#      && \text{energy and entropy} \\
+#    &= \mathbb{E}_q[\log p_\theta(x \mid z)] - \mathrm{KL}(q \,\|\, p(z))
+#      && \text{reconstruction and rate} \\
+#    &= \log p_\theta(x) - \mathrm{KL}(q \,\|\, p_\theta(z \mid x)) .
+#      && \text{evidence and gap} \end{aligned} $$ (eq-elbo-forms)
 #
 # The first is what one computes in general, the second what one computes when the KL term has a
 # closed form, the third what one thinks with. Put the second and the third together, and
@@ -312,9 +312,10 @@
 # $$ q_j^*(z_j) \propto \exp \mathbb{E}_{-j}[\log p_\theta(x, z)] . $$ (eq-elbo-factor)
 # ```
 #
-# *Proof.* In $\mathcal{L} = \mathbb{E}_{q_j}\big[ \mathbb{E}_{-j}[\log p_\theta(x, z)]
-# - \log q_j(z_j) \big] + \text{const}$ the bracket is $\log q_j^*(z_j) - \log q_j(z_j)$ plus a
-# constant, and so $\mathcal{L} = \text{const} - \mathrm{KL}(q_j \,\|\, q_j^*)$. $\square$
+# *Proof.* In
+# $\mathcal{L} = \mathbb{E}_{q_j}\big[ \mathbb{E}_{-j}[\log p_\theta(x, z)] - \log q_j(z_j) \big] +
+# \text{const}$ the bracket is $\log q_j^*(z_j) - \log q_j(z_j)$ plus a constant, and so
+# $\mathcal{L} = \text{const} - \mathrm{KL}(q_j \,\|\, q_j^*)$. $\square$
 #
 # Updating the factors in turn is *coordinate ascent*. No update can lower the ELBO, and where the
 # evidence is finite it cannot rise for ever. Where it comes to rest need not be the best place.
@@ -477,11 +478,11 @@ def log_evidence_by_sum(log_joint, cell=1.0):
 #    \frac{\partial\mathcal{L}}{\partial \log\sigma_j}
 #    = 1 - \sigma_j^2 - \tfrac{1}{\tau^2} \sigma_j^2 \|W_j\|^2 , $$ (eq-elbo-linear-grad-phi)
 #
-# $$ \nabla_W \mathcal{L} = \tfrac{1}{\tau^2}
-#    \big( (x - W\mu)\, \mu^\top - W\, \mathrm{diag}(\sigma^2) \big), \qquad
+# $$ \begin{aligned} \nabla_W \mathcal{L} &= \tfrac{1}{\tau^2}
+#    \big( (x - W\mu)\, \mu^\top - W\, \mathrm{diag}(\sigma^2) \big), \\
 #    \frac{\partial\mathcal{L}}{\partial \log\tau}
-#    = \tfrac{1}{\tau^2} \Big( \|x - W\mu\|^2 + \sum_j \sigma_j^2 \|W_j\|^2 \Big) - D .
-# $$ (eq-elbo-linear-grad-theta)
+#    &= \tfrac{1}{\tau^2} \Big( \|x - W\mu\|^2 + \sum_j \sigma_j^2 \|W_j\|^2 \Big) - D .
+#    \end{aligned} $$ (eq-elbo-linear-grad-theta)
 
 
 # %%

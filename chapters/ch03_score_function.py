@@ -579,9 +579,10 @@ def test_score_gradient_of_the_entropy(record):
 #
 # A model whose posterior is a product of bits: each latent bit has a pixel of its own,
 #
-# $$ b_i \sim \mathrm{Bernoulli}(\sigma(\pi_i)), \quad
-#    x_i \mid b_i \sim \mathrm{Bernoulli}(\sigma(v_i + w_i b_i)), \qquad
-#    a_i = \pi_i + \log \frac{p(x_i \mid b_i = 1)}{p(x_i \mid b_i = 0)} , $$ (eq-score-conjugate)
+# $$ \begin{gathered} b_i \sim \mathrm{Bernoulli}(\sigma(\pi_i)), \qquad
+#    x_i \mid b_i \sim \mathrm{Bernoulli}(\sigma(v_i + w_i b_i)), \\
+#    a_i = \pi_i + \log \frac{p(x_i \mid b_i = 1)}{p(x_i \mid b_i = 0)} ,
+#    \end{gathered} $$ (eq-score-conjugate)
 #
 # where $a_i$ are the logits of the posterior, by Bayes' rule. The covariance matrix
 # {eq}`eq-score-at-the-posterior` is computed as a sum over all $b$. The Fisher information of
@@ -795,15 +796,16 @@ def test_score_leave_one_out_is_unbiased_with_the_variance_derived(k, record):
 # estimators on it, so it is defined once, here. With two layers of latents, the encoder works
 # upwards from an image and the decoder downwards from the prior,
 #
-# $$ a_1 = \mathrm{enc}_1(x - \bar x), \quad b_1 \sim \mathrm{Bernoulli}(\sigma(a_1)), \qquad
-#    a_2 = \mathrm{enc}_2(2 b_1 - 1), \quad b_2 \sim \mathrm{Bernoulli}(\sigma(a_2)) ;
-# $$ (eq-score-encoder)
+# $$ \begin{aligned}
+#    a_1 &= \mathrm{enc}_1(x - \bar x), & b_1 &\sim \mathrm{Bernoulli}(\sigma(a_1)), \\
+#    a_2 &= \mathrm{enc}_2(2 b_1 - 1), & b_2 &\sim \mathrm{Bernoulli}(\sigma(a_2)) ;
+#    \end{aligned} $$ (eq-score-encoder)
 #
-# $$ b_2 \sim \mathrm{Bernoulli}(\sigma(\pi)), \qquad
-#    b_1 \sim \mathrm{Bernoulli}\big(\sigma(\mathrm{dec}_2(2 b_2 - 1))\big), \qquad
+# $$ \begin{gathered} b_2 \sim \mathrm{Bernoulli}(\sigma(\pi)), \qquad
+#    b_1 \sim \mathrm{Bernoulli}\big(\sigma(\mathrm{dec}_2(2 b_2 - 1))\big), \\
 #    x \sim \mathrm{Bernoulli}\big(
 #    \sigma(\mathrm{dec}_1(2 b_1 - 1) + \mathrm{logit}\, \bar x) \big) .
-# $$ (eq-score-decoder)
+#    \end{gathered} $$ (eq-score-decoder)
 #
 # The parameters $\phi$ are those of the encoder, $\theta$ those of the decoder and the logits
 # $\pi$ of the prior. Three details are conventions of the literature
@@ -812,10 +814,11 @@ def test_score_leave_one_out_is_unbiased_with_the_variance_derived(k, record):
 # (clipped to $[0.001, 0.999]$) is added to the output and not trained. The likelihood of all that
 # there is, and the ELBO, are
 #
-# $$ \log p_\theta(x, b) = \log p_\theta(x \mid b_1) + \log p_\theta(b_1 \mid b_2)
-#    + \log p_\theta(b_2), \qquad
-#    f(b) = \log p_\theta(x, b) - \log q_\phi(b_1 \mid x) - \log q_\phi(b_2 \mid b_1) ,
-# $$ (eq-score-log-joint)
+# $$ \begin{aligned}
+#    \log p_\theta(x, b) &= \log p_\theta(x \mid b_1) + \log p_\theta(b_1 \mid b_2)
+#    + \log p_\theta(b_2), \\
+#    f(b) &= \log p_\theta(x, b) - \log q_\phi(b_1 \mid x) - \log q_\phi(b_2 \mid b_1) ,
+#    \end{aligned} $$ (eq-score-log-joint)
 #
 # in nats per image: sums over pixels, sums over latents, averages over images. With one layer,
 # $b_2$ and its terms are absent and $\pi$ belongs to $b_1$. The maps are linear, or have hidden
@@ -1083,10 +1086,10 @@ def training_step(images, mean, optimizer, batch, baseline, k):
 # derivative of the mean of $f$ over $B$ images; let $t = 2b - 1$, and $\hat x$ be the pixel means.
 # For one sample per image
 #
-# $$ \bar W_\theta = \frac1B\, t^\top (x - \hat x), \qquad
-#    \bar \pi = \frac1B \sum_{\text{rows}} \big( b - \sigma(\pi) \big), \qquad
+# $$ \begin{gathered} \bar W_\theta = \frac1B\, t^\top (x - \hat x), \qquad
+#    \bar \pi = \frac1B \sum_{\text{rows}} \big( b - \sigma(\pi) \big), \\
 #    \bar W_\phi = \frac1B\, (x - \bar x)^\top
-#    \Big( \underbrace{f(b) \odot (b - \sigma(a))}_{G} \Big) , $$ (eq-score-by-hand)
+#    \Big( \underbrace{f(b) \odot (b - \sigma(a))}_{G} \Big) , \end{gathered} $$ (eq-score-by-hand)
 #
 # and the biases get the sums over rows of what stands on the right of each product. (The first
 # two are pathwise, the third is the score function. In the third, $f$ is one number per row.)

@@ -83,6 +83,8 @@ def read(path):
     number = re.match(r"ch(\d+)_", path.name)
     if number is None or int(number[1]) != int(title[1]):
         raise ValueError(f"{path.name}: the file's number is not that of its title, {title[1]}")
+    if len(head) < 2 or head[1].startswith("**Reads after:**"):
+        raise ValueError(f"{path.name}: the title is followed by a paragraph with the question")
     facts = next((block for block in head if block.startswith("**Reads after:**")), "")
     facts = dict(re.findall(r"\*\*([^*]+):\*\* *(.*?) *(?=·? *\*\*|$)", facts))
     if missing := {"Reads after", "Runs in", "Papers"} - facts.keys():

@@ -119,7 +119,8 @@ def _summary(array):
     if numbers.size <= WHOLE:
         return [_number(v) for v in numbers]
     finite = numbers[np.isfinite(numbers)]
-    moments = {name: _number(getattr(np, name)(finite)) for name in ("mean", "std", "min", "max")}
+    names = ("mean", "std", "min", "max") if finite.size else ()
+    moments = {name: _number(getattr(np, name)(finite)) for name in names}
     sample = [_number(v) for v in numbers[:: numbers.size // 50]]
     return {"count": numbers.size, "finite": finite.size, **moments, "sample": sample}
 

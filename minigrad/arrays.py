@@ -12,17 +12,14 @@ from minigrad.elementwise import multiply, sqrt, where
 # ---------------------------------------------------------------------------------- reductions
 
 
-def _expanded(g, axis, ndim):
-    """Put back, with length 1, the axes that a reduction of an `ndim`-d array removed."""
-    if axis is None:
-        return np.reshape(g, (1,) * ndim)
-    return np.expand_dims(g, axis)
+def restore_axes(g, axis, keepdims):
+    """Put back, with length 1, the axes that a reduction removed; a scalar broadcasts anyway."""
+    return g if keepdims or axis is None else np.expand_dims(g, axis)
 
 
 def _sum_rule(ans, x, axis=None, keepdims=False):
     shape = np.shape(x)
-    expand = not keepdims and axis is not None
-    return lambda g: np.broadcast_to(np.expand_dims(g, axis) if expand else g, shape)
+    return lambda g: np.broadcast_to(restore_axes(g, axis, keepdims), shape)
 
 
 _sum = primitive(np.add.reduce, _sum_rule, name="sum")
@@ -34,9 +31,13 @@ def sum(x, axis=None, keepdims=False):
     return _sum(x, axis=axis, keepdims=keepdims)
 
 
+def _axes(axis, ndim):
+    """Return `axis` (an int, a tuple, or None for all) as a tuple."""
+    return tuple(range(ndim)) if axis is None else tuple(np.atleast_1d(axis).tolist())
+
+
 def _count(x, axis):
-    axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
-    return math.prod(x.shape[a] for a in axes)
+    return math.prod(x.shape[a] for a in _axes(axis, x.ndim))
 
 
 @register(np.mean)
@@ -60,9 +61,9 @@ def std(x, axis=None, ddof=0, keepdims=False):
 
 def _extremum_rule(ans, x, axis=None, keepdims=False):
     """Ties share the cotangent equally."""
-    at = x == (ans if keepdims else _expanded(ans, axis, np.ndim(x)))
+    at = x == restore_axes(ans, axis, keepdims)
     share = at / np.sum(at, axis=axis, keepdims=True, dtype=ans.dtype)
-    return lambda g: share * (g if keepdims else _expanded(g, axis, share.ndim))
+    return lambda g: share * restore_axes(g, axis, keepdims)
 
 
 _max = primitive(np.max, _extremum_rule, name="max")
@@ -87,7 +88,7 @@ def prod(x, axis=None, keepdims=False):
 
     Multiplied in pairs, halves at a time: no division, so zeros need no special case, at any order.
     """
-    axes = tuple(range(x.ndim)) if axis is None else (axis,) if isinstance(axis, int) else axis
+    axes = _axes(axis, x.ndim)
     kept = [1 if i in {a % x.ndim for a in axes} else n for i, n in enumerate(x.shape)]
     x = moveaxis(x, axes, range(len(axes)))
     x = reshape(x, (math.prod(x.shape[: len(axes)]), *x.shape[len(axes) :]))
@@ -465,12 +466,9 @@ def take(x, indices, axis=None):
 def take_along_axis(x, indices, axis=-1):
     """Return the elements of `x` that `indices`, an array of as many axes, picks along `axis`."""
     indices = np.asarray(plain(indices))
-    where_to = list(np.ogrid[tuple(slice(n) for n in indices.shape)])
+    # The other axes run over all of x, and broadcast against the indices.
+    where_to = list(np.ogrid[tuple(slice(n) for n in np.shape(x))])
     where_to[axis] = indices
-    # An axis of length 1 in x is broadcast against the indices, as NumPy does.
-    for a, n in enumerate(np.shape(x)):
-        if n == 1 and a != axis % np.ndim(x):
-            where_to[a] = np.zeros_like(where_to[a])
     return x[tuple(where_to)]
 
 

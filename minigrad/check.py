@@ -159,13 +159,16 @@ def check_density(log_prob, support, samples=None, failure_rate=1e-6):
         raise AssertionError(f"the density integrates to {total:.9g} over {support}, not to 1")
     if samples is not None:
         samples = np.asarray(samples, np.float64)
+        if isinstance(support, list):
+            raise TypeError("samples are compared with a density of one variable only")
         if isinstance(support, np.ndarray):
             counts = np.array([np.sum(samples == v) for v in support])
         else:
+            inside = (samples >= support[0]) & (samples <= support[1])
             inner = np.quantile(samples, np.linspace(0, 1, 21)[1:-1])
             edges = np.concatenate([[support[0]], inner, [support[1]]])
             probs = np.array([_mass(log_prob, a, b) for a, b in zip(edges, edges[1:])])
-            counts = np.histogram(np.clip(samples, *support), edges)[0]
+            counts = np.histogram(samples[inside], edges)[0]
         if counts.sum() != len(samples):
             raise AssertionError(f"{len(samples) - counts.sum()} samples lie outside {support}")
         _chi_squared(counts, probs, failure_rate)

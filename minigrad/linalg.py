@@ -16,11 +16,11 @@ def _solve_triangular(a, b, lower=False, trans=False):
 
     batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     if not batch:
-        return solve_triangular(a, b, lower=lower, trans=int(trans)).astype(b.dtype, copy=False)
+        return solve_triangular(a, b, lower=lower, trans=int(trans))
     a = np.broadcast_to(a, batch + a.shape[-2:]).reshape(-1, *a.shape[-2:])
     b = np.broadcast_to(b, batch + b.shape[-2:]).reshape(-1, *b.shape[-2:])
     out = [solve_triangular(m, v, lower=lower, trans=int(trans)) for m, v in zip(a, b)]
-    return np.array(out, b.dtype).reshape(batch + b.shape[-2:])
+    return np.array(out).reshape(batch + b.shape[-2:])
 
 
 def _solve_triangular_rule_a(ans, a, b, lower=False, trans=False):
@@ -129,6 +129,11 @@ def det(a):
 
 
 @register(np.linalg.norm)
-def norm(x, axis=None, keepdims=False):
-    """Return the Euclidean (Frobenius) norm of `x` over `axis`."""
+def norm(x, ord=None, axis=None, keepdims=False):
+    """Return the Euclidean (Frobenius) norm of `x` over `axis`; no other `ord` has a rule."""
+    if ord is not None:
+        raise NotImplementedError(
+            f"norm of a traced array with ord={ord!r}: the Euclidean norm only; write others with "
+            "np.sum and np.abs, or pass the axis by name"
+        )
     return np.sqrt(np.sum(x * x, axis=axis, keepdims=keepdims))

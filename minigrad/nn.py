@@ -252,7 +252,8 @@ def masked_conv2d(params, x, kind):
     """
     w = params["w"]
     mask = causal_mask(kind, w.shape[2:])
-    y = _conv2d(x, w * mask, stride=1, padding=(w.shape[2] // 2, w.shape[3] // 2), dilation=1)
+    padding = w.shape[2] // 2, w.shape[3] // 2
+    y = _conv2d(x, w, stride=1, padding=padding, dilation=1, taps=mask)
     return _add_bias("masked_conv2d", y, params["b"])
 
 

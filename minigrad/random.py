@@ -8,8 +8,8 @@ $2^{23}$ draws. From float64 the tails are right down to probabilities of $10^{-
 import numpy as np
 
 from minigrad.core import plain, primitive
+from minigrad.kernels import sampling
 from minigrad.kernels.shape_derivatives import beta_dz_da, beta_dz_db, gamma_dz_da
-from minigrad.special import expit
 
 __all__ = [
     "bernoulli",
@@ -56,8 +56,8 @@ def gumbel(rng, shape=(), dtype=np.float64):
 
 
 def logistic(rng, shape=(), dtype=np.float64):
-    r"""Return standard logistic draws, $\log E_1 - \log E_2$ with both exponential."""
-    return np.log(exponential(rng, shape, dtype) / exponential(rng, shape, dtype))
+    r"""Return standard logistic draws, $\log u - \log(1 - u)$, exact in both tails."""
+    return sampling.logistic(_generator(rng), draw_shape(shape), dtype)
 
 
 # --------------------------------------------------------------------------- with shape parameters
@@ -117,11 +117,11 @@ def bernoulli(rng, logits=None, shape=(), *, probs=None):
     """
     if (logits is None) == (probs is None):
         raise TypeError("bernoulli takes either logits or probs: bernoulli(rng, logits)")
-    parameter, dtype = _parameter(probs if logits is None else logits)
-    # In float64, or a probability within 2^-25 of 1 would round to 1.
-    p = np.asarray(plain(parameter), np.float64)
-    p = p if logits is None else expit(p)
-    return np.asarray(_generator(rng).random(draw_shape(shape, p)) < p, dtype)
+    parameter, _ = _parameter(probs if logits is None else logits)
+    kind = "probs" if logits is None else "logits"
+    # Decided in float64, or a probability within 2^-25 of 1 would round to 1.
+    full = draw_shape(shape, parameter)
+    return sampling.bernoulli(_generator(rng), shape=full, **{kind: plain(parameter)})
 
 
 def categorical(rng, logits, shape=()):
@@ -130,8 +130,8 @@ def categorical(rng, logits, shape=()):
     A plain integer array of shape `shape` + that of `logits` without its last axis. By the Gumbel
     trick, the index of the largest $a_k + G_k$ has this law; a logit of -inf is never drawn.
     """
-    logits, dtype = _parameter(logits)
-    return np.argmax(plain(logits) + gumbel(rng, draw_shape(shape, logits), dtype), axis=-1)
+    logits, _ = _parameter(logits)
+    return sampling.categorical(_generator(rng), plain(logits), draw_shape(shape, logits)[:-1])
 
 
 def negative_binomial(rng, total, probs, shape=()):

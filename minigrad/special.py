@@ -9,7 +9,9 @@ import math
 import numpy as np
 import scipy.special as sc
 
-from minigrad.core import primitive, register
+from minigrad.arrays import restore_axes
+from minigrad.core import Tracer, primitive, register
+from minigrad.kernels import fused, transcendental
 
 __all__ = [
     "bernoulli_log_prob",
@@ -38,35 +40,17 @@ _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 # ----------------------------------------------------------------------------- sigmoid and logs
 
-# NumPy's exp and log of float32 are vectorised; SciPy's expit and NumPy's log1p are not, and take
-# 2 and 5 times as long. Training evaluates them for every pixel.
-
-
-def _expit(x):
-    if getattr(x, "dtype", None) == np.float32:
-        with np.errstate(over="ignore"):
-            return 1 / (1 + np.exp(-x))
-    return sc.expit(x)
-
-
 # 1 - expit(x) = expit(-x), without cancellation.
-expit = primitive(_expit, lambda ans, x: lambda g: g * ans * expit(-x), name="expit")
+expit = primitive(transcendental.expit, lambda ans, x: lambda g: g * ans * expit(-x))
 register(sc.expit)(expit)
 logit = primitive(sc.logit, lambda ans, x: lambda g: g / (x * (1 - x)))
 
 
-def _softplus(x):
-    e = np.exp(-np.abs(x))
-    if e.dtype != np.float32:
-        return np.maximum(x, 0) + np.log1p(e)
-    # log(1 + e), with what the rounding of 1 + e lost put back to first order.
-    u = 1 + e
-    return np.maximum(x, 0) + (np.log(u) + (e - (u - 1)) / u)
-
-
-softplus = primitive(_softplus, lambda ans, x: lambda g: g * expit(x), name="softplus")
+softplus = primitive(transcendental.softplus, lambda ans, x: lambda g: g * expit(x))
 log_sigmoid = primitive(
-    lambda x: -_softplus(-x), lambda ans, x: lambda g: g * expit(-x), name="log_sigmoid"
+    lambda x: -transcendental.softplus(-x),
+    lambda ans, x: lambda g: g * expit(-x),
+    name="log_sigmoid",
 )
 
 
@@ -82,10 +66,6 @@ xlogy = primitive(
 )
 
 
-def _expand(g, axis, keepdims):
-    return g if keepdims or axis is None else np.expand_dims(g, axis)
-
-
 def _logsumexp(x, axis=None, keepdims=False):
     top = np.max(x, axis=axis, keepdims=True)
     top = np.where(np.isfinite(top), top, 0).astype(x.dtype)
@@ -97,8 +77,8 @@ def _logsumexp(x, axis=None, keepdims=False):
 def _logsumexp_rule(ans, x, axis=None, keepdims=False):
     # The softmax is exp(x - ans); where all x are -inf it is left at 0, not NaN.
     def pull(g):
-        shift = _expand(np.where(ans == -np.inf, 0, ans), axis, keepdims)
-        return _expand(g, axis, keepdims) * np.exp(x - shift)
+        shift = restore_axes(np.where(ans == -np.inf, 0, ans), axis, keepdims)
+        return restore_axes(g, axis, keepdims) * np.exp(x - shift)
 
     return pull
 
@@ -128,16 +108,26 @@ def softmax(x, axis=-1):
     return _softmax_p(_array(x), axis=axis)
 
 
-_log_softmax = primitive(
-    lambda x, axis: x - _logsumexp(x, axis, keepdims=True),
-    lambda ans, x, axis: lambda g: g - np.exp(ans) * np.sum(g, axis=axis, keepdims=True),
-    name="log_softmax",
-)
+def _log_softmax_rule(ans, x, axis):
+    def pull(g):
+        if _all_plain(ans, g):
+            return fused.log_softmax_dx(ans, g, axis)
+        return g - np.exp(ans) * np.sum(g, axis=axis, keepdims=True)
+
+    return pull
+
+
+_log_softmax = primitive(fused.log_softmax, _log_softmax_rule)
 
 
 def log_softmax(x, axis=-1):
     r"""Return $x_i - \log \sum_j e^{x_j}$ along `axis`."""
     return _log_softmax(_array(x), axis=axis)
+
+
+def _all_plain(*arrays):
+    """Return whether none is traced, so that a fused kernel may take the place of primitives."""
+    return Tracer not in map(type, arrays)
 
 
 def _array(x):
@@ -267,15 +257,19 @@ def normal_log_prob(x, loc, scale):
     return _normal_log_prob(x, loc, scale)
 
 
-def _bernoulli_log_prob(logits, x):
-    return x * logits - _softplus(logits)
+def _bernoulli_rule_logits(ans, logits, x):
+    def pull(g):
+        if _all_plain(logits, x, g):
+            return fused.bernoulli_log_prob_dlogits(logits, x, g)
+        return g * (x - expit(logits))
+
+    return pull
 
 
 _bernoulli_log_prob = primitive(
-    _bernoulli_log_prob,
-    lambda ans, logits, x: lambda g: g * (x - expit(logits)),
+    fused.bernoulli_log_prob,
+    _bernoulli_rule_logits,
     lambda ans, logits, x: lambda g: g * logits,
-    name="bernoulli_log_prob",
 )
 
 

@@ -130,7 +130,9 @@ def fit(
                 curve["steps"].append(done)
                 curve["values"].append(value)
             if on_point is not None and (entry or done == steps):
-                on_point(Snapshot(done, state, rng.bit_generator.state, sums, curves), entry)
+                snapshot = Snapshot(done, state, rng.bit_generator.state, sums, curves)
+                # The curves grow on: who keeps a snapshot keeps a copy.
+                on_point(snapshot._replace(sums=dict(sums), curves=copy.deepcopy(curves)), entry)
             if bar is not None:
                 bar.update()
                 if entry:
@@ -214,10 +216,10 @@ def _stop(step, rng, good, done, bad):
         before, generator = state, rng.bit_generator.state
         state, metrics = _take(step, state, rng)
         number += 1
-        if bad := _not_finite(metrics) or _state_not_finite(state):
+        if bad_now := _not_finite(metrics) or _state_not_finite(state):
             rng.bit_generator.state = generator
             found = _first_nan(step, before, rng)
-            raise FloatingPointError(f"step {number}: {bad}{found}")
+            raise FloatingPointError(f"step {number}: {bad_now}{found}")
     raise FloatingPointError(
         f"step {done}: {bad}, but not when run again: the step depends on more than state and rng"
     )

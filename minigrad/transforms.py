@@ -244,7 +244,9 @@ def jacobian(f, argnums=0):
             if not rows:  # an empty result: no pass gives the structure of the argument
                 rows = None
                 chosen = tuple(args[n] for n in nums)
-                block = tree.map(lambda x, s=shape: np.zeros(s + np.shape(x)), chosen)
+                block = tree.map(
+                    lambda x, s=shape: np.zeros(s + np.shape(x), getattr(x, "dtype", float)), chosen
+                )
             else:
                 block = tree.map(
                     lambda *r, s=shape: np.reshape(np.stack(r), s + np.shape(r[0])), *rows

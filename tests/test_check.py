@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy.special import chdtri, ndtri
 
-from minigrad import primitive
+from minigrad import primitive, stop_gradient
 from minigrad.check import check_density, check_grads, check_logdet, check_unbiased
 
 X = np.linspace(0.2, 1.4, 12).reshape(3, 4)
@@ -140,3 +141,97 @@ def test_check_logdet_accepts_and_rejects():
         check_logdet(lambda z: (affine(z)[0], affine(z)[1] + 1e-3), z)
     with pytest.raises(AssertionError, match="inverse"):
         check_logdet(affine, z, lambda x: inverse(x) + 1e-3)
+
+
+# ------------------------------------------------------- the limits lie where the docstrings say
+
+
+def offset(n, z, coordinates=1):
+    """Samples 1 +- 1, whose mean is z standard errors off 1."""
+    samples = np.tile([[1.0], [-1.0]], (n // 2, coordinates))
+    samples /= samples.std(ddof=1, axis=0)
+    return samples + 1 + z / np.sqrt(n)
+
+
+def test_check_unbiased_draws_its_line_at_the_failure_rate():
+    for coordinates in 1, 10:
+        limit, exact = -ndtri(1e-6 / (2 * coordinates)), np.ones(coordinates)
+        check_unbiased(offset(100_000, 0.99 * limit, coordinates), exact)
+        with pytest.raises(AssertionError, match="biased"):
+            check_unbiased(offset(100_000, 1.01 * limit, coordinates), exact)
+
+
+def test_check_unbiased_asks_for_limit_plus_three_errors_in_five_percent():
+    # (4.89 + 3) / sqrt(n) = 0.05 at n = 24,907
+    check_unbiased(offset(25_200, 0), np.ones(1))
+    with pytest.raises(AssertionError, match="take about 249"):
+        check_unbiased(offset(24_600, 0), np.ones(1))
+
+
+def test_check_unbiased_limits_the_share_of_one_sample_to_a_hundredth():
+    for outlier, refused in (8.5, False), (9.6, True):  # their deviations are 9.5 and 10.6
+        samples = offset(10_000, 0)
+        samples[:2] += [[outlier], [-outlier]]
+        if refused:
+            with pytest.raises(AssertionError, match="carries"):
+                check_unbiased(samples, np.ones(1), scale=2.0)
+        else:
+            check_unbiased(samples, np.ones(1), scale=2.0)
+
+
+def test_the_oracles_reject_nan():
+    with pytest.raises(AssertionError, match="biased"):
+        check_unbiased(np.where(np.arange(200_000)[:, None] == 7, np.nan, SAMPLES), EXACT)
+    with pytest.raises(AssertionError, match="integrates to nan"):
+        check_density(lambda x: np.where(x == 1, np.nan, np.log(0.5)), np.arange(2.0))
+    z = np.linspace(0.1, 0.8, 8).reshape(4, 2)
+    with pytest.raises(AssertionError, match=r"wrong log\|det\|"):
+        check_logdet(lambda z: (2 * z, np.full(len(z), np.nan)), z)
+    with pytest.raises(AssertionError, match="inverse"):
+        check_logdet(lambda z: (2 * z, np.full(len(z), np.log(4))), z, lambda x: x * np.nan)
+
+
+def test_check_density_allows_the_integral_a_millionth():
+    check_density(lambda x: normal(x) + np.log1p(0.9e-6), REALS)
+    for error in 1.1e-6, -1.1e-6:
+        with pytest.raises(AssertionError, match="integrates to"):
+            check_density(lambda x, e=error: normal(x) + np.log1p(e), REALS)
+
+
+def test_check_density_has_a_cell_less_than_degrees_of_freedom():
+    n, critical = 1000, chdtri(3, 1e-6)  # four equally likely values: three degrees of freedom
+    log_p = lambda x: np.full(x.shape, np.log(0.25))
+    for factor, wrong in (0.97, False), (1.03, True):
+        d = np.sqrt(factor * critical / n)  # counts n/4 (1 +- d): chi-squared = n d^2
+        up = round(n / 4 * (1 + d))
+        samples = np.repeat(np.arange(4.0), [up, n // 2 - up, up, n // 2 - up])
+        if wrong:
+            with pytest.raises(AssertionError, match="on 3 degrees of freedom"):
+                check_density(log_p, np.arange(4.0), samples)
+        else:
+            check_density(log_p, np.arange(4.0), samples)
+
+
+def test_check_density_notices_a_few_samples_outside():
+    samples = np.random.default_rng(0).exponential(size=50_000)
+    samples[:30] = -1
+    with pytest.raises(AssertionError, match="30 samples lie outside"):
+        check_density(lambda x: -x, (0.0, np.inf), samples)
+
+
+def test_check_logdet_rejects_errors_that_cancel_and_one_bad_point():
+    z = np.linspace(0.1, 0.8, 8).reshape(4, 2)
+    for wrong in [1e-3, -1e-3, 1e-3, -1e-3], [0, 0, 0, 2e-6]:
+        with pytest.raises(AssertionError, match=r"wrong log\|det\|"):
+            check_logdet(lambda z, wrong=wrong: (2 * z, np.log(4) + np.array(wrong)), z)
+    with pytest.raises(AssertionError, match="inverse"):
+        check_logdet(lambda z: (2 * z, np.full(4, np.log(4))), z, lambda x: x / 2 + 2e-6)
+
+
+def test_check_grads_rejects_a_rule_that_detaches_its_cotangent():
+    sin = primitive(
+        np.sin.__call__, lambda ans, x: lambda g: stop_gradient(g) * np.cos(x), name="test_detached"
+    )
+    check_grads(sin, (X,), order=1)
+    with pytest.raises(AssertionError, match="the vjp of.*order 2"):
+        check_grads(sin, (X,), order=2)

@@ -13,7 +13,9 @@ from minigrad import (
     hvp,
     jacobian,
     jvp,
+    nn,
     primitive,
+    random,
     stop_gradient,
     tree,
     value_and_grad,
@@ -395,3 +397,57 @@ def test_a_primitive_must_return_one_array():
     pair = primitive(lambda x: (x, x), lambda ans, x: lambda g: g, name="test_pair")
     with pytest.raises(TypeError, match="primitive test_pair returned a tuple"):
         grad(lambda x: pair(x)[0])(1.0)
+
+
+def test_nan_checks_nest_and_end_with_an_error():
+    def nan_is_refused():
+        try:
+            grad(lambda x: x * np.nan)(1.0)
+        except FloatingPointError:
+            return True
+        return False
+
+    with nan_check():
+        with nan_check():
+            pass
+        assert nan_is_refused()
+    with pytest.raises(ZeroDivisionError), nan_check():
+        raise ZeroDivisionError
+    assert not nan_is_refused()
+
+
+def test_keyword_arguments_reach_the_function():
+    def f(x, power=1):
+        return x**power
+
+    assert grad(f)(3.0, power=2) == 6.0
+    assert value_and_grad(f)(3.0, power=2) == (9.0, 6.0)
+    np.testing.assert_array_equal(jacobian(f)(np.ones(2), power=3), 3 * np.eye(2))
+
+
+def test_a_cotangent_takes_the_dtype_of_the_result():
+    # The identity has no edge that would cast on the way.
+    _, pullback = vjp(lambda x: x, np.ones(2, np.float32))
+    (g,) = pullback(np.ones(2))
+    assert g.dtype == np.float32
+
+
+def test_an_outer_gradient_reaches_one_of_two_arguments_of_an_inner_transform():
+    # Below the inner level x and a are traced still, w and b are plain.
+    x, w = np.arange(9.0).reshape(1, 1, 3, 3), np.full((1, 1, 2, 2), 2.0)
+
+    def layer(x, w):
+        return np.sum(nn.conv2d({"w": w, "b": np.zeros(1)}, x) ** 2)
+
+    def draw(a, b):
+        return np.sum(random.beta_sample(a, b, z))
+
+    a, b, z = np.array([0.5, 3.0]), np.array([1.5, 0.7]), np.array([0.4, 0.2])
+    for f, first, second in (layer, x, w), (draw, a, b):
+        through = grad(lambda p, f=f, q=second: vjp(f, p, q)[0])(first)
+        np.testing.assert_array_equal(through, grad(f)(first, second))
+        assert np.all(through != 0)
+
+
+def test_jacobian_of_an_empty_result_keeps_float32():
+    assert jacobian(lambda a: a[:0])(np.ones(3, np.float32)).dtype == np.float32

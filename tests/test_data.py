@@ -454,3 +454,32 @@ def test_binarize_depends_on_the_generator_alone():
 def test_binarize_refuses_what_is_no_probability(bad):
     with pytest.raises(ValueError, match=r"probabilities in \[0, 1\]"):
         data.binarize(bad, np.random.default_rng(0))
+
+
+class _Zeros(np.random.Generator):
+    """A generator whose uniforms are all 0, which they are once in 2^24."""
+
+    def __init__(self):
+        super().__init__(np.random.PCG64(0))
+
+    def random(self, shape, dtype):
+        return np.zeros(shape, dtype)
+
+
+def test_binarize_never_turns_a_zero_into_a_one():
+    x = np.array([0.0, 1e-6, 1.0], np.float32)
+    assert np.array_equal(data.binarize(x, _Zeros()), [0, 1, 1])
+
+
+def test_a_download_can_be_read_by_all_who_share_the_folder(folder, small, monkeypatch):
+    with mirrors(monkeypatch, {"/a/nodal.mat": whole(small)}, "a"):
+        data.nodal()
+    assert (folder / "sivi" / "nodal.mat").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_home_folder_in_minigrad_data_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MINIGRAD_DATA", "~/data")
+    monkeypatch.setenv("MINIGRAD_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "data" / "sivi" / "nodal.mat")):
+        data.nodal()

@@ -663,3 +663,28 @@ def test_parameters_are_trees():
 def test_import_does_not_load_scipy_stats():
     code = "import sys, minigrad.distributions; sys.exit('scipy.stats' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_moments_of_a_batch_of_mixtures_are_those_of_each():
+    logits = np.array([[0.2, -0.4, 1.0], [0.0, 2.0, -1.0]])
+    loc, scale = np.arange(6.0).reshape(2, 3), np.array([0.5, 1.0, 2.0])
+    batch = D.Mixture(logits, D.Normal(loc, scale))
+    for quantity in "mean", "variance":
+        rows = [getattr(D.Mixture(a, D.Normal(m, scale)), quantity)() for a, m in zip(logits, loc)]
+        np.testing.assert_allclose(getattr(batch, quantity)(), rows, rtol=1e-14)
+
+
+def test_a_batch_of_mixtures_has_the_density_of_each():
+    logits, loc = np.array([[0.2, -0.4], [1.0, 2.0]]), np.arange(4.0).reshape(2, 2)
+    batch, x = D.Mixture(logits, D.Normal(loc, 1.0)), np.array([0.3, 1.2])
+    rows = [D.Mixture(a, D.Normal(m, 1.0)).log_prob(v) for a, m, v in zip(logits, loc, x)]
+    np.testing.assert_allclose(batch.log_prob(x), rows, rtol=1e-14)
+
+
+def test_kl_of_categories_impossible_under_both_is_that_of_the_others():
+    q, p = np.array([0.3, -np.inf, 1.0]), np.array([0.8, -np.inf, -0.2])
+    kept = [0, 2]
+    exact = D.kl(D.Categorical(q[kept]), D.Categorical(p[kept]))
+    np.testing.assert_allclose(D.kl(D.Categorical(q), D.Categorical(p)), exact)
+    gradient = grad(lambda q, p: D.kl(q, p), (0, 1))(D.Categorical(q), D.Categorical(p))
+    assert all(np.all(np.isfinite(g.logits)) for g in gradient)

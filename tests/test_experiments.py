@@ -477,3 +477,56 @@ def test_committed_runs_can_be_configured_and_have_records_that_read():
 
 if __name__ == "__main__":
     sys.exit(main(runs=RUNS))
+
+
+def test_other_library_versions_are_mixed_only_when_told_to(tmp_path, monkeypatch):
+    do(tmp_path, steps=20)
+    versions = runner._versions() | {"numpy": "0.0"}
+    monkeypatch.setattr(runner, "_versions", lambda: versions)
+    with pytest.raises(runner.RunError, match="--mixed"):
+        do(tmp_path)
+    config = runner.configure(RUNS, "walk")
+    record = runner.execute(RUNS["walk"], config, tmp_path / "out", mixed=True, progress=False)
+    assert record["versions"]["numpy"] == "0.0"
+
+
+def test_seconds_are_those_of_all_sessions(tmp_path, monkeypatch):
+    now = itertools.count(0.0, 10.0)  # each look at the clock costs ten seconds
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: next(now))
+    first = do(tmp_path, steps=20)["seconds"]
+    saved = runner.checkpoints(tmp_path / "runs" / "walk")[0][0][2]["seconds"]
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: 0.0)
+    assert do(tmp_path, steps=40)["seconds"] == saved > first / 2
+
+
+def test_checkpoints_are_an_interval_apart(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: now[0])
+    clock, due = runner._Clock(100.0), []
+    for now[0] in range(0, 100, 10):
+        if clock.due(30.0):
+            due.append(now[0])
+    assert due == [30, 60, 90]
+
+
+def test_a_metric_called_step_does_not_take_the_place_of_the_step(tmp_path):
+    def setup(_, __, rng):
+        step = lambda state, _: (state, {"step": 0.5, "loss": 1.0})
+        return runner.Parts({"x": rng.random(2)}, step)
+
+    runs = {"named": runner.Run(setup, {"steps": 4, "log_every": 2})}
+    runner.execute(runs["named"], runner.configure(runs, "named"), tmp_path, progress=False)
+    lines = (tmp_path / "runs" / "named" / "log.jsonl").read_text().splitlines()[1:]
+    assert [json.loads(line)["step"] for line in lines] == [2, 4]
+
+
+@pytest.mark.parametrize("at_the_end", [np.nan, np.inf])
+def test_a_scalar_that_is_not_finite_at_the_end_leaves_no_record(tmp_path, at_the_end):
+    def setup(_, __, rng):
+        step = lambda state, _: (state, {"loss": 1.0})
+        return runner.Parts({"x": rng.random(2)}, step, finish=lambda *_: ({"bad": at_the_end}, {}))
+
+    runs = {"late": runner.Run(setup, {"steps": 2})}
+    with pytest.raises(FloatingPointError, match="after the last step: bad not finite"):
+        runner.execute(runs["late"], runner.configure(runs, "late"), tmp_path, progress=False)
+    assert not list(tmp_path.glob("*.json"))

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+import figures.__main__ as driver
 from chapters import records
 from chapters.style import COLOUR, rounding
 from figures import find, numbers
@@ -271,3 +273,75 @@ def test_style_sheet_is_complete():
         assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
         assert plt.rcParams["svg.hashsalt"] and plt.rcParams["figure.constrained_layout.use"]
         plt.close(fig)
+
+
+def test_numbers_are_compared_to_one_millionth_and_to_a_billionth_of_the_largest():
+    def differs(drawn, committed):
+        return bool(numbers.compare({"y": drawn}, {"y": committed}))
+
+    assert not differs([1 + 0.9e-6], [1.0]) and differs([1 + 1.2e-6], [1.0])
+    assert not differs([1.0, 0.9e-9], [1.0, 0.0]) and differs([1.0, 2e-9], [1.0, 0.0])
+    assert differs([None, 1.0], [1.0, 1.0]) and not differs([None, 1.0], [None, 1.0])
+
+
+def test_abscissae_colours_and_labels_are_compared():
+    def drawn(shift=0.0, colour=1.0, label="p"):
+        fig, (left, right) = plt.subplots(1, 2)
+        left.plot(np.arange(3.0) + shift, [1.0, 2.0, 0.0], label=label)
+        left.set_ylabel(label)
+        left.legend()
+        right.scatter([0.0, 1.0], [0.0, 1.0], c=[0.0, colour])
+        return _numbers(fig)
+
+    reference = drawn()
+    places = lambda d: [s.split(":")[0] for s in numbers.compare(d, reference)]
+    assert places(drawn()) == []
+    assert places(drawn(shift=1.0)) == [".axes[0].artists[0].x"]
+    assert places(drawn(colour=2.0)) == [".axes[1].artists[0].values"]
+    found = {".axes[0].y", ".axes[0].legend[0]", ".axes[0].artists[0].label"}
+    assert set(places(drawn(label="q"))) == found
+
+
+def test_round_off_of_another_count_is_a_difference():
+    def errors(n):
+        fig, ax = plt.subplots()
+        rounding(ax.plot(1e-16 * np.ones(n))[0])
+        return _numbers(fig)
+
+    assert any("round-off" in s for s in numbers.compare(errors(7), errors(8)))
+
+
+def test_numbers_of_a_long_line_without_finite_points():
+    fig, ax = plt.subplots()
+    ax.plot(np.full(200, np.nan))
+    assert _numbers(fig)["axes"][0]["artists"][0]["y"]["finite"] == 0
+
+
+def test_a_figure_is_drawn_anew_when_the_style_changes(tmp_path, monkeypatch):
+    chapter = next(ROOT.glob("chapters/ch01_*.py"))
+    before = driver.sources.__wrapped__(chapter)
+    style = Path(shutil.copy(driver.STYLE, tmp_path))
+    monkeypatch.setattr(driver, "STYLE", style)
+    assert driver.sources.__wrapped__(chapter) == before
+    style.write_text(style.read_text() + "\nlines.linewidth: 9\n")
+    assert driver.sources.__wrapped__(chapter) != before
+
+
+def test_a_figure_that_makes_matplotlib_warn_fails(tmp_path, monkeypatch):
+    def figure_boxes():
+        fig, ax = plt.subplots()
+        ax.set_title("\u2f00")  # a glyph that the font lacks
+        return fig
+
+    module = types.ModuleType("chapters.ch99_stub")
+    module.figure_boxes = figure_boxes
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(driver, "BUILD", tmp_path)
+    with pytest.raises(UserWarning, match="[Gg]lyph"):
+        driver.draw(find.Figure("boxes", Path("ch99_stub.py"), "Boxes."))
+
+
+def test_dependencies_include_the_packages_that_an_import_runs():
+    chapter = next(ROOT.glob("chapters/ch01_*.py"))
+    needed = {path.relative_to(ROOT).as_posix() for path in find.dependencies(chapter, ROOT)}
+    assert {"chapters/__init__.py", "minigrad/__init__.py", "minigrad/core.py"} <= needed

@@ -1,12 +1,42 @@
 """Convolution and its adjoints against plain loops, SciPy, PyTorch, and against each other."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
 import scipy.signal
 
+from minigrad.kernels import compiled, conv
 from minigrad.kernels.conv import conv2d, conv2d_dw, conv2d_dx
+
+SLOW_IN_PYTHON = {
+    "test_conv2d_kernel_adjoint_identities",
+    "test_conv2d_kernel_of_a_large_batch_equals_its_images_one_by_one",
+    "test_conv2d_kernel_of_many_channels",
+    "test_conv2d_kernel_gives_the_same_bits_with_one_and_two_threads",
+    "test_conv2d_kernel_chooses_a_path_by_shape",
+}
+
+
+@pytest.fixture(params=["twin", "compiled"], autouse=True)
+def path(request, monkeypatch):
+    """Run every test on the NumPy twin and on the compiled kernels, whichever a shape would get."""
+    if request.param == "compiled" and compiled.load("conv_numba") is None:
+        pytest.skip("Numba is not used")
+    use = request.param == "compiled"
+    if use and os.environ.get("NUMBA_DISABLE_JIT") == "1":
+        if request.node.originalname in SLOW_IN_PYTHON:
+            pytest.skip("too slow for the loops in plain Python")
+        monkeypatch.setattr(compiled.load("conv_numba"), "LANES", 4)
+    # Shapes that would be slower on a path are computed all the same.
+    monkeypatch.setattr(
+        conv,
+        "_direct_pays",
+        lambda _, run, dtype, shape: use and run > 0 and dtype.kind == "f" and 0 not in shape,
+    )
+    return request.param
+
 
 # x (N, C, H, W), w (F, C, K, L), stride, padding, dilation. Few filters for many channels and the
 # reverse, strides that leave the last pixels unseen, padding wider than the kernel.
@@ -213,3 +243,162 @@ def test_conv2d_kernel_equals_torch(x_shape, w_shape, stride, padding, dilation)
     np.testing.assert_allclose(conv2d(x_, w_, *settings), y.detach().numpy(), atol=1e-12)
     np.testing.assert_allclose(conv2d_dx(g, w_, x_shape, *settings), x.grad.numpy(), atol=1e-12)
     np.testing.assert_allclose(conv2d_dw(g, x_, w_shape, *settings), w.grad.numpy(), atol=1e-12)
+
+
+# --- live taps
+
+
+MASKS = {
+    "A": [[1, 1, 1], [1, 0, 0], [0, 0, 0]],
+    "B": [[1, 1, 1], [1, 1, 0], [0, 0, 0]],
+    "holes": [[0, 1, 0], [1, 0, 1], [0, 0, 1]],
+    "one": [[0, 0, 0], [0, 0, 1], [0, 0, 0]],
+    "none": [[0, 0, 0], [0, 0, 0], [0, 0, 0]],
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("stride, padding, dilation", [(1, 1, 1), (2, 0, 1), ((1, 3), 2, (2, 1))])
+def test_conv2d_kernel_of_some_taps_equals_masked_weights(mask, stride, padding, dilation):
+    rng = np.random.default_rng(7)
+    taps = np.array(mask, bool)
+    settings = stride, padding, dilation
+    x, w = (rng.integers(-9, 10, s).astype(np.float64) for s in ((3, 4, 7, 8), (5, 4, 3, 3)))
+    y = conv2d(x, w * taps, *settings)
+    g = rng.integers(-9, 10, y.shape).astype(np.float64)
+    np.testing.assert_array_equal(conv2d(x, w, *settings, taps), y)
+    np.testing.assert_array_equal(
+        conv2d_dx(g, w, x.shape, *settings, taps), conv2d_dx(g, w * taps, x.shape, *settings)
+    )
+    np.testing.assert_array_equal(
+        conv2d_dw(g, x, w.shape, *settings, taps), conv2d_dw(g, x, w.shape, *settings) * taps
+    )
+
+
+def test_conv2d_kernel_does_not_look_at_taps_that_are_not_live():
+    taps = np.array(MASKS["A"], bool)
+    x, w = np.ones((1, 2, 4, 4)), np.where(taps, 1.0, np.nan) * np.ones((3, 2, 1, 1))
+    y = conv2d(x, w, 1, 1, 1, taps)
+    dx, dw = conv2d_dx(y, w, x.shape, 1, 1, 1, taps), conv2d_dw(y, x, w.shape, 1, 1, 1, taps)
+    assert all(np.all(np.isfinite(v)) for v in (y, dx, dw)) and not np.any(dw[..., ~taps])
+    x[0, 0, 3, 3] = np.inf  # the last pixel is before no other
+    np.testing.assert_array_equal(conv2d(x, w, 1, 1, 1, taps), y)
+
+
+@pytest.mark.parametrize("taps", [np.ones((3, 2), bool), np.ones((3, 3))])
+def test_conv2d_kernel_says_what_taps_must_be(taps):
+    with pytest.raises(ValueError, match=r"taps must be booleans of the shape \(3, 3\)"):
+        conv2d(np.ones((1, 1, 5, 5)), np.ones((1, 1, 3, 3)), taps=taps)
+
+
+# --- larger shapes: several panels of channels, several blocks of rows, several pieces
+
+
+LARGE = [
+    ((9, 35, 19, 21), (34, 35, 3, 3), 1, 1, 1),
+    ((10, 33, 12, 13), (65, 33, 3, 2), (2, 3), (1, 0), 1),
+    ((3, 40, 18, 17), (20, 40, 3, 3), 1, (2, 3), (1, 2)),
+    ((2, 5, 40, 300), (33, 5, 5, 5), 1, 2, 1),
+]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 2e-6), (np.float64, 4e-15)])
+@pytest.mark.parametrize("x_shape, w_shape, stride, padding, dilation", LARGE)
+def test_conv2d_kernel_of_many_channels(
+    x_shape, w_shape, stride, padding, dilation, dtype, tolerance, path, monkeypatch
+):
+    if path == "twin":
+        pytest.skip("the twin is what the compiled kernels are compared with")
+    rng = np.random.default_rng(8)
+    settings = stride, padding, dilation
+    x, w = (rng.normal(size=s).astype(dtype) for s in (x_shape, w_shape))
+    y = conv2d(x, w, *settings)
+    g = rng.normal(size=y.shape).astype(dtype)
+    found = y, conv2d_dx(g, w, x_shape, *settings), conv2d_dw(g, x, w_shape, *settings)
+    monkeypatch.setattr(conv, "_direct_pays", lambda *_: False)
+    expected = conv2d(x, w, *settings), conv2d_dx(g, w, x_shape, *settings)
+    expected += (conv2d_dw(g, x, w_shape, *settings),)
+    for one, other in zip(found, expected):
+        assert one.dtype == other.dtype == dtype and one.flags.c_contiguous
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.max(np.abs(other)) * 9)
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv2d_kernel_special_values_reach_what_they_touch(special, stride):
+    rng = np.random.default_rng(9)
+    x, w = rng.normal(size=(2, 3, 9, 8)), rng.normal(size=(4, 3, 3, 3))
+    g = rng.normal(size=conv2d(x, w, stride, 1).shape)
+    for one in (x, g):
+        before = one[1, 2, 2, 3]
+        one[1, 2, 2, 3] = special
+        found = (
+            conv2d(x, w, stride, 1),
+            conv2d_dx(g, w, x.shape, stride, 1),
+            conv2d_dw(g, x, w.shape, stride, 1),
+        )
+        for part, expected in zip(found, _plain_loops(x, w, stride, 1, 1, g)):
+            np.testing.assert_array_equal(np.isfinite(part), np.isfinite(expected))
+            np.testing.assert_array_equal(np.isnan(part), np.isnan(expected))
+        one[1, 2, 2, 3] = before
+
+
+def test_conv2d_kernel_gives_the_same_bits_with_one_and_two_threads():
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    rng = np.random.default_rng(10)
+    for shape, filters in (((37, 16, 11, 10), 20), ((37, 1, 28, 28), 5)):
+        x = rng.normal(size=shape).astype(np.float32)
+        w = rng.normal(size=(filters, shape[1], 3, 3)).astype(np.float32)
+        g = rng.normal(size=conv2d(x, w).shape).astype(np.float32)
+        results = []
+        for number in (1, 2):
+            with threadpoolctl.threadpool_limits(number):
+                results.append((conv2d(x, w), conv2d_dx(g, w, shape), conv2d_dw(g, x, w.shape)))
+        for one, other in zip(*results):
+            assert one.tobytes() == other.tobytes()
+
+
+def test_conv2d_compiled_kernels_equal_their_own_loops_in_plain_python(monkeypatch):
+    fast = compiled.load("conv_numba")
+    if fast is None:
+        pytest.skip("Numba is not used")
+    rng = np.random.default_rng(11)
+    x, w = rng.normal(size=(2, 3, 5, 4)), rng.normal(size=(2, 3, 3, 2))
+    g = rng.normal(size=conv2d(x, w, 2, 1).shape)
+
+    def results():
+        return (
+            conv2d(x, w, 2, 1),
+            conv2d_dx(g, w, x.shape, 2, 1),
+            conv2d_dw(g, x, w.shape, 2, 1),
+        )
+
+    expected = results()
+    for name in ("multiply", "correlate", "correlate_weights"):
+        kernel = getattr(fast, name)
+        monkeypatch.setattr(fast, name, getattr(kernel, "py_func", kernel))
+    for one, other in zip(results(), expected):
+        np.testing.assert_allclose(one, other, rtol=1e-13, atol=1e-14)
+
+
+def test_conv2d_kernel_chooses_a_path_by_shape(path, monkeypatch):
+    if path == "twin":
+        pytest.skip("the twin is what the choice is compared with")
+    monkeypatch.undo()
+    chosen = []
+    direct, direct_dw = conv._direct, conv._direct_dw
+    monkeypatch.setattr(conv, "_direct", lambda *a: chosen.append(1) or direct(*a))
+    monkeypatch.setattr(conv, "_direct_dw", lambda *a: chosen.append(1) or direct_dw(*a))
+    rng = np.random.default_rng(12)
+    for channels, filters, paths in ((1, 32, 1), (32, 1, 0), (32, 32, 3)):
+        x, w = rng.normal(size=(3, channels, 9, 9)), rng.normal(size=(filters, channels, 3, 3))
+        g = rng.normal(size=(3, filters, 9, 9))
+        chosen.clear()
+        found = conv2d(x, w, 1, 1), conv2d_dx(g, w, x.shape, 1, 1), conv2d_dw(g, x, w.shape, 1, 1)
+        assert len(chosen) == paths
+        with monkeypatch.context() as patch:
+            patch.setattr(conv, "_direct_pays", lambda *_: False)
+            expected = conv2d(x, w, 1, 1), conv2d_dx(g, w, x.shape, 1, 1)
+            expected += (conv2d_dw(g, x, w.shape, 1, 1),)
+        for one, other in zip(found, expected):
+            np.testing.assert_allclose(one, other, atol=1e-11)

@@ -176,3 +176,17 @@ def test_shape_derivatives_broadcast_and_compute_in_float64():
     assert found[1, 2, 0] == sd.betainc_db(30.0, 0.5, 0.25)
     assert np.ndim(sd.beta_dz_da(2.0, 3.0, 0.5)) == 0
     assert sd.gammainc_da(np.ones((0, 3)), 1.0).shape == (0, 3)
+
+
+def test_shape_derivatives_are_continuous_where_the_method_changes():
+    # Series on one side, quadrature on the other; between neighbours the function moves by eps.
+    a = np.geomspace(1e-3, 1e5, 65)
+    below, above = (sd.gamma_dz_da(a, z) for z in (np.nextafter(1, 0), 1.0))
+    np.testing.assert_allclose(below, above, rtol=2e-12)
+    a, b = np.geomspace(1e-3, 1e4, 33)[:, None], np.geomspace(1e-3, 2, 17)
+    x = 1 / np.geomspace(2.1, 1e4, 33)
+    for f in sd.beta_dz_da, sd.beta_dz_db:
+        below, above = (f(a, b, z) for z in (0.5, np.nextafter(0.5, 1)))
+        np.testing.assert_allclose(below, above, rtol=2e-12)
+        below, above = (f(a, t / x, x) for t in (1 - 1e-15, 1 + 1e-15))  # b x = 1
+        np.testing.assert_allclose(below, above, rtol=2e-12)

@@ -176,3 +176,24 @@ def test_contents_lists_in_reading_order(tmp_path, monkeypatch):
     first, _, second, _ = book.contents().splitlines()
     assert first == " 2  Before reparameterisation  (5 s; after 1, 3)"
     assert second.startswith(" 4  Reparameterisation")
+
+
+ROWS = "# | $\\theta$ | parameters | any |\n# | $p(x \\mid z)$ | likelihood of $\\|x\\|$ | () |\n"
+
+
+@pytest.mark.parametrize("old, new", [("| symbol |", "| sign |"), (ROWS, "")])
+def test_outline_refuses_a_table_without_its_header_or_rows(tmp_path, old, new):
+    assert old in HEAD
+    path = tmp_path / "ch04_reparameterisation.py"
+    path.write_text(HEAD.replace(old, new))
+    with pytest.raises(ValueError, match="no `## Symbols` section with a table"):
+        outline.read(path)
+
+
+def test_outline_refuses_a_head_without_a_question(tmp_path):
+    path = tmp_path / "ch04_reparameterisation.py"
+    question = "# How does a gradient get through\n# a random number?\n#\n"
+    assert question in HEAD
+    path.write_text(HEAD.replace(question, ""))
+    with pytest.raises(ValueError, match="question"):
+        outline.read(path)

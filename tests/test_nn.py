@@ -350,3 +350,21 @@ def test_errors_of_layers_name_the_shapes(call, error, words):
         call()
     assert all(word in str(info.value) for word in words), str(info.value)
     assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("kernel_size", [(3, 5), (5, 1), 3])
+def test_masked_conv2d_keeps_the_size(kernel_size):
+    rng = np.random.default_rng(15)
+    params, x = nn.conv2d_init(rng, 2, 3, kernel_size), rng.normal(size=(1, 2, 6, 4))
+    assert nn.masked_conv2d(params, x, "B").shape == (1, 3, 6, 4)
+
+
+def test_layers_are_drawn_by_the_initialiser_that_is_asked_for():
+    ones = lambda _, shape, dtype: np.ones(shape, dtype)
+    for init, sizes in (
+        (nn.dense_init, (4, 3)),
+        (nn.conv2d_init, (2, 3, 3)),
+        (nn.conv2d_transpose_init, (2, 3, 3)),
+        (nn.embedding_init, (5, 3)),
+    ):
+        assert np.all(init(np.random.default_rng(16), *sizes, np.float64, ones)["w"] == 1)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.special as sc
 
-from minigrad import grad, linalg, special, vjp
+from minigrad import grad, linalg, special, tree, vjp
 from minigrad.check import check_grads
 from minigrad.core import TABLE
 
@@ -51,8 +51,13 @@ def axes(f, shape=(2, 3, 4), domain=REAL):
     ] + [(lambda x: f(x, axis=0), (draw((2, 0), domain, 7),)), (f, (draw((), domain, 7),))]
 
 
+def eye(x):
+    """The unit matrix of the size and dtype of the last axis of x."""
+    return np.eye(x.shape[-1], dtype=x.dtype)
+
+
 def spd(a):
-    return np.matmul(a, np.swapaxes(a, -1, -2)) + np.eye(a.shape[-1])
+    return np.matmul(a, np.swapaxes(a, -1, -2)) + eye(a)
 
 
 def indexed(*indices):
@@ -151,14 +156,14 @@ CASES = {
         for lower, trans in itertools.product([False, True], repeat=2)
         for f in [
             lambda a, b, lo=lower, tr=trans: linalg.solve_triangular(
-                a + 3 * np.eye(3), b, lower=lo, trans=tr
+                a + 3 * eye(a), b, lower=lo, trans=tr
             )
         ]
         for case in array(f, (3, 3), (3, 2)) + array(f, (2, 3, 3), (3, 2)) + array(f, (3, 3), (3,))
     ],
-    "slogdet": array(lambda a: np.linalg.slogdet(a + 3 * np.eye(3))[1], (2, 3, 3)),
+    "slogdet": array(lambda a: np.linalg.slogdet(a + 3 * eye(a))[1], (2, 3, 3)),
     "det": array(np.linalg.det, (2, 3, 3)),
-    "inv": array(lambda a: np.linalg.inv(a + 3 * np.eye(3)), (2, 3, 3)),
+    "inv": array(lambda a: np.linalg.inv(a + 3 * eye(a)), (2, 3, 3)),
     "norm": array(np.linalg.norm, (3,)) + array(lambda x: np.linalg.norm(x, axis=1), (2, 3)),
     "reshape": array(lambda x: np.reshape(x, (3, 2)), (2, 3))
     + array(lambda x: x.reshape(-1), (2, 3))
@@ -175,7 +180,7 @@ CASES = {
     "broadcast_to": array(lambda x: np.broadcast_to(x, (4, 2, 3)), (2, 1)),
     "concatenate": array(lambda x, y: np.concatenate([x, y, x], axis=-1), (2, 3), (2, 1))
     + array(lambda x, y: np.concatenate([x, y], axis=None), (2, 3), (2,)),
-    "stack": array(lambda x, y: np.stack([x, y, np.ones((2, 3))], axis=1), (2, 3), (2, 3)),
+    "stack": array(lambda x, y: np.stack([x, y, np.ones((2, 3), x.dtype)], axis=1), (2, 3), (2, 3)),
     "split": array(lambda x: [p * p for p in np.split(x, 3, axis=1)], (2, 3))
     + array(lambda x: np.split(x, [1, 3]), (4, 2)),
     "pad": array(lambda x: np.pad(x, ((1, 0), (2, 3))), (2, 3))
@@ -206,8 +211,7 @@ CASES = {
         np.int64(2),
     ),
     "scatter": array(lambda x: grad(lambda y: np.sum(y[[0, 0, 1]] ** 3))(x), (3,)),
-    "astype": array(lambda x: np.astype(x, np.float64), (3,))
-    + array(lambda x: x.astype(float), ()),
+    "astype": array(lambda x: np.astype(x, x.dtype), (3,)) + array(lambda x: x.astype(x.dtype), ()),
     "copy": array(lambda x: np.copy(x) + x.copy(), (3,)),
 }
 # Differentiable twice in x, once in the shape parameters (their second derivative must raise).
@@ -243,10 +247,7 @@ def test_primitive_is_right_to_second_order(f, args):
     check_grads(f, args, order=2)
     # Tracing must not change the value.
     traced, plain = vjp(f, *args)[0], f(*args)
-    for a, b in zip(
-        traced if isinstance(traced, list) else [traced],
-        plain if isinstance(plain, list) else [plain],
-    ):  # noqa: E501
+    for a, b in zip(tree.leaves(traced), tree.leaves(plain)):
         np.testing.assert_allclose(a, b, rtol=1e-14, atol=1e-14)
 
 
@@ -344,9 +345,8 @@ def test_ties_in_a_reduction_share_the_gradient():
 def test_float32_stays_float32(f, args):
     args = [a.astype(np.float32) for a in args]
     out, pullback = vjp(f, *args)
-    if isinstance(out, list) or out.dtype != np.float32:  # astype to float64 on purpose, lists
-        return
-    for g in pullback(np.ones(out.shape, np.float32)):
+    assert all(y.dtype == np.float32 for y in tree.leaves(out))
+    for g in pullback(tree.map(lambda y: np.ones(y.shape, np.float32), out)):
         assert g.dtype == np.float32
 
 
@@ -376,3 +376,97 @@ def test_a_dispatching_function_never_returns_an_untraced_result_for_traced_inpu
         for part in name.split("."):
             f = getattr(f, part)
         assert np.any(grad(lambda y, f=f: np.sum(f(y)))(x) != 0), name
+
+
+# ------------------------------------------------------------------- what single cases would miss
+
+
+def test_ties_are_shared_in_either_argument():
+    for f in np.maximum, np.minimum:
+        assert grad(f, (0, 1))(1.0, 1.0) == (0.5, 0.5)
+        assert grad(lambda x, f=f: f(0.0, x))(0.0) == 0.5
+
+
+def test_logaddexp_of_two_impossible_terms_has_no_gradient():
+    assert grad(np.logaddexp, (0, 1))(-np.inf, -np.inf) == (0, 0)
+
+
+def test_einsum_picks_a_diagonal_of_three_axes():
+    x = np.random.default_rng(0).normal(size=(2, 2, 2))
+    check_grads(lambda x: np.einsum("iii->i", x), (x,))
+
+
+def test_an_ellipsis_of_unequal_widths_aligns_on_the_right():
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(4, 2, 3)), rng.normal(size=(2, 3))
+    f = lambda x, y: np.einsum("...i,...i->...", x, y)
+    np.testing.assert_allclose(vjp(f, x, y)[0], f(x, y))
+    check_grads(f, (x, y))
+
+
+@pytest.mark.parametrize(
+    "x_shape, index_shape", [((1, 3), (2, 2)), ((4, 3), (4, 2)), ((4, 3), (1, 2))]
+)
+def test_take_along_axis_broadcasts_as_numpy_does(x_shape, index_shape):
+    rng = np.random.default_rng(2)
+    x, index = rng.normal(size=x_shape), rng.integers(3, size=index_shape)
+    f = lambda x: np.take_along_axis(x, index, axis=1)
+    np.testing.assert_array_equal(vjp(f, x)[0], f(x))
+    check_grads(f, (x,))
+
+
+@pytest.mark.parametrize("k", [-2, -1, 0, 1, 2])
+def test_diag_writes_and_reads_every_diagonal(k):
+    x = np.array([1.0, -2.0, 3.0])
+    np.testing.assert_array_equal(vjp(lambda x: np.diag(x, k), x)[0], np.diag(x, k))
+    check_grads(lambda x: np.diag(x, k), (x,))
+    check_grads(lambda x: np.diag(np.outer(x, x), k), (x,))
+
+
+def test_norm_refuses_another_order_instead_of_taking_it_for_the_axis():
+    with pytest.raises(NotImplementedError, match="ord=1"):
+        vjp(lambda x: np.linalg.norm(x, 1), np.arange(6.0).reshape(2, 3))
+
+
+def test_solve_triangular_of_integers_does_not_truncate():
+    a, b = 2 * np.eye(2), np.array([1, 1])
+    np.testing.assert_array_equal(linalg.solve_triangular(a, b), [0.5, 0.5])
+    assert linalg.solve_triangular(a, b.astype(np.float32)).dtype == np.float64
+
+
+def test_an_axis_may_be_a_numpy_integer():
+    x = np.arange(1.0, 7).reshape(2, 3)
+    for f in np.mean, np.var, np.prod, np.sum:
+        traced = vjp(lambda x, f=f: f(x, axis=np.int64(0)), x)[0]
+        np.testing.assert_allclose(traced, f(x, axis=np.int64(0)))
+
+
+def test_float32_survives_polygamma():
+    for n in 0, 1, 3:
+        assert special.polygamma(n, np.ones(2, np.float32)).dtype == np.float32
+    assert grad(special.digamma)(np.float32(2)).dtype == np.float32
+
+
+def test_float32_softplus_keeps_its_digits_in_the_lower_tail():
+    # 1 + e^x rounds to 1 below -17; e^x itself does not.
+    x = np.linspace(-80, 20, 201, dtype=np.float32)
+    exact = np.logaddexp(0, x.astype(np.float64))
+    for f, sign in (special.softplus, 1), (lambda x: special.log_sigmoid(-x), -1):
+        np.testing.assert_allclose(f(x), sign * exact, rtol=4e-7)
+    np.testing.assert_allclose(special.bernoulli_log_prob(x, 0), -exact, rtol=4e-7)
+
+
+def test_xlogy_at_zero_zero_has_finite_derivatives():
+    assert grad(special.xlogy, (0, 1))(0.0, 0.0) == (0.0, 0.0)
+    assert grad(special.xlogy)(1.0, 2.0) == np.log(2.0)
+
+
+def test_the_gradient_of_cholesky_is_symmetric():
+    rng = np.random.default_rng(3)
+    a, u = spd(rng.normal(size=(3, 3))), rng.normal(size=(3, 3))
+    (g,) = vjp(np.linalg.cholesky, a)[1](u)
+    np.testing.assert_allclose(g, g.T, rtol=1e-12)
+    v, h = rng.normal(size=(3, 3)), 1e-6
+    v += v.T
+    slope = (np.linalg.cholesky(a + h * v) - np.linalg.cholesky(a - h * v)) / (2 * h)
+    np.testing.assert_allclose(np.vdot(g, v), np.vdot(u, slope), rtol=1e-8)

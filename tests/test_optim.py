@@ -302,3 +302,12 @@ def test_errors_of_optimizers_say_where_and_what(call, error, words):
         call()
     assert all(word in str(info.value) for word in words), str(info.value)
     assert "\n" not in str(info.value)
+
+
+def test_a_float64_gradient_and_state_keep_a_float32_parameter():
+    p, g = np.zeros(3, np.float32), np.ones(3)
+    for optimizer in ALL.values():
+        state = tree.map(lambda s: s.astype(float) if s.ndim else s, optimizer.init(p))
+        new, state = optimizer.update(g, state, p)
+        assert new.dtype == np.float32
+        assert all(s.dtype == np.float32 for k, s in state.items() if k != "step")

@@ -88,7 +88,5 @@ def test_random_programs_agree_with_torch_to_second_order(seed):
     for ours, theirs in zip(first(x, y), (gx, gy)):
         np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-9, atol=1e-10)
     if gx.requires_grad:
-        (theirs,) = torch.autograd.grad(
-            (gx * torch.tensor(v)).sum(), tx, materialize_grads=True
-        )
+        (theirs,) = torch.autograd.grad((gx * torch.tensor(v)).sum(), tx, materialize_grads=True)
         np.testing.assert_allclose(second, theirs.numpy(), rtol=1e-8, atol=1e-9)

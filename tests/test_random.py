@@ -73,6 +73,10 @@ class _Constant(np.random.Generator):
 
     standard_exponential = random
 
+    def integers(self, low, high, size, dtype):  # noqa: ARG002
+        assert low == 0 and high == 2**64
+        return np.full(size, int(self.value * 2.0**64), dtype)
+
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_noise_is_finite_at_the_ends_of_the_generator(dtype):
@@ -127,10 +131,21 @@ def test_bernoulli_draws_have_their_probability():
             random.bernoulli(np.random.default_rng(0), **arguments)
 
 
+class _Ones(np.random.Generator):
+    """A generator all of whose bits are 1: its uniforms are as near to 1 as can be."""
+
+    def __init__(self):
+        super().__init__(np.random.PCG64(0))
+
+    def integers(self, low, high, size, dtype):  # noqa: ARG002
+        return np.full(size, high - 1, dtype)
+
+
 def test_bernoulli_of_a_large_float32_logit_can_fail():
     # expit(18) rounds to 1 in float32; a uniform above it must still give 0.
-    x = random.bernoulli(_Constant(1 - 1e-9), np.float32(18), shape=3)
-    assert np.all(x == 0)
+    for shape in 3, 10_000:
+        assert np.all(random.bernoulli(_Ones(), np.float32(18), shape) == 0)
+        assert np.all(random.bernoulli(_Ones(), np.float32(100), shape) == 1)
 
 
 def test_categorical_draws_have_their_probabilities():
@@ -214,3 +229,8 @@ def test_draws_of_tiny_concentration_stay_inside_the_support(dtype):
     assert np.all((x > 0) & (x < 1)) and np.all(np.isfinite(np.log(x) + np.log1p(-x)))
     slope = grad(lambda a: np.sum(random.gamma(np.random.default_rng(0), a)))(a)
     assert np.all(np.isfinite(slope))
+
+
+def test_a_shape_may_be_a_numpy_integer():
+    for n in np.int64(3), np.int32(3), 3, (3,):
+        assert random.gamma(np.random.default_rng(0), np.ones(2), n).shape == (3, 2)

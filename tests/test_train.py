@@ -438,3 +438,73 @@ def test_records_come_back_and_tell_when_one_of_their_files_was_altered(tmp_path
     train.save_record(path, record, {})
     assert train.load_record(path) == record | {"arrays": {}}
     assert not beside.exists()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks at /proc")
+def test_a_file_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    events, real = [], {call: getattr(os, call) for call in ("fsync", "replace")}
+
+    def fsync(descriptor):
+        kind = "folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file"
+        events.append((kind, os.fstat(descriptor).st_size if kind == "file" else None))
+        return real["fsync"](descriptor)
+
+    def replace(source, target):
+        events.append(("replace", None))
+        return real["replace"](source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    train.write_atomic(tmp_path / "x", b"content")
+    # All bytes have left Python's buffer when the file is synced.
+    assert events == [("file", 7), ("replace", None), ("folder", None)]
+
+
+def test_the_checksum_covers_names(tmp_path):
+    x, path = np.arange(3.0), tmp_path / "x.npz"
+    checksum = train.save_arrays(path, {"a": x, "b": x + 1})
+    assert checksum == train.save_arrays(path, {"a": x, "b": x + 1})
+    assert checksum != train.save_arrays(path, {"a": x, "c": x + 1})
+    path.write_bytes(path.read_bytes().replace(b"c.npy", b"d.npy"))  # in both headers of the zip
+    with pytest.raises(train.DamagedFile, match="checksum"):
+        train.load_arrays(path)
+
+
+def test_a_snapshot_may_be_started_from_twice():
+    curves = {"n": {"steps": [], "values": []}}
+    start = train.Snapshot(3, {"n": 3}, rng().bit_generator.state, {"n": 6.0}, curves)
+    first, second = (
+        train.fit(count, {"n": 0}, 8, rng(), log_every=4, start=start, progress=False)
+        for _ in range(2)
+    )
+    assert first == second == ({"n": 8}, {"n": {"steps": [4, 8], "values": [2.5, 6.5]}})
+
+
+def test_a_snapshot_kept_in_memory_stays_as_it_was():
+    kept, settings = [], dict(log_every=4, eval_every=3, evaluate=lambda *_: {"e": 1.0})
+    settings["progress"] = False
+    whole = train.fit(count, {"n": 0}, 9, rng(), on_point=lambda s, _: kept.append(s), **settings)
+    for snapshot in kept:
+        assert train.fit(count, {"n": 0}, 9, rng(), start=snapshot, **settings) == whole
+
+
+def test_a_nan_in_the_last_state_is_found_without_a_point():
+    def hidden(state, _):
+        n = state["n"] + 1
+        return {"n": n, "w": np.full(1, np.nan if n == 3 else 0.0)}, {"loss": 1.0}
+
+    seen, state = [], {"n": 0, "w": np.zeros(1)}
+    with pytest.raises(FloatingPointError, match="step 3: w of the state is not finite"):
+        train.fit(hidden, state, 3, rng(), on_point=lambda *a: seen.append(a), progress=False)
+    assert not seen
+
+
+def test_a_step_with_hidden_state_is_named_with_what_it_did():
+    calls = []
+
+    def step(state, _):
+        calls.append(1)
+        return state, {"loss": np.nan if len(calls) == 3 else 0.0}
+
+    with pytest.raises(FloatingPointError, match="step 3: loss is nan, but not when run again"):
+        train.fit(step, {"n": 0}, 5, rng(), progress=False)

@@ -49,3 +49,9 @@ def test_a_treedef_prints_as_its_shape():
     assert str(tree.flatten({"w": [1, (2,)], "n": None, "p": Pair(1, 2)})[1]) == (
         "{'n': None, 'p': Pair(left=*, right=*), 'w': [*, (*,)]}"
     )
+
+
+@pytest.mark.parametrize("extra", [0, None, (), 0.0])
+def test_a_leaf_too_many_is_refused_whatever_it_is(extra):
+    with pytest.raises(ValueError, match="more leaves"):
+        tree.unflatten(tree.flatten((1, 2))[1], [1, 2, extra])

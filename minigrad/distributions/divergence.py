@@ -73,4 +73,4 @@ def _kl_bernoulli(a, b):
 @_closed_form(Categorical)
 def _kl_categorical(a, b):
     q, log_q, log_p = softmax(a), log_softmax(a), log_softmax(b)
-    return np.sum(q * finite(np.where(log_q == -np.inf, log_q, log_q - log_p)), axis=-1)
+    return np.sum(q * finite(log_q - np.where(log_q == -np.inf, 0, log_p)), axis=-1)

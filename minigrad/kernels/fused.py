@@ -1,0 +1,75 @@
+"""Log-densities and their derivatives in one pass over memory, for float32 arrays.
+
+NumPy reads and writes an array for each operation of a formula; the loops do it once for all, and
+their exponentials are vectorised. Other dtypes, shapes that broadcast and small arrays go to NumPy.
+"""
+
+import numpy as np
+
+from minigrad.kernels.transcendental import expit, loops, softplus, spread
+
+# Elements of the rows that one call of a loop along rows treats, within the cache.
+ROWS = 1 << 14
+
+
+def bernoulli_log_prob(logits, x):
+    r"""Return $x a - \log(1 + e^a)$ elementwise, for logits $a$."""
+    fast = loops(logits, x)
+    if fast is None:
+        return x * logits - softplus(logits)
+    return spread(fast.bernoulli_log_prob, np.empty(x.shape, x.dtype), logits, x)
+
+
+def bernoulli_log_prob_dlogits(logits, x, g):
+    r"""Return $g (x - \sigma(a))$, the pull-back of the cotangent $g$ to the logits $a$."""
+    fast = loops(logits, x, g)
+    if fast is None:
+        return g * (x - expit(logits))
+    if not any(g.strides):  # the cotangent of a sum: one number, broadcast
+        g = g[(slice(1),) * g.ndim].reshape(1)
+    return spread(fast.bernoulli_log_prob_dlogits, np.empty(x.shape, x.dtype), logits, x, g)
+
+
+def log_softmax(x, axis=-1):
+    r"""Return $x_i - \log \sum_j e^{x_j}$ along `axis`; loops only along the last one."""
+    fast = _row_loops(axis, x)
+    if fast is None:
+        top = np.max(x, axis=axis, keepdims=True)
+        top = np.where(np.isfinite(top), top, 0).astype(x.dtype)
+        with np.errstate(divide="ignore"):
+            return x - (np.log(np.sum(np.exp(x - top), axis=axis, keepdims=True)) + top)
+    x = np.ascontiguousarray(x)
+    out = np.empty_like(x)
+    rows, to, size = _rows(x), _rows(out), _rows_at_once(x)
+    work, totals = np.empty((size, x.shape[-1]), x.dtype), np.empty(size, x.dtype)
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        n = len(part)
+        fast.log_softmax(part, to[start : start + size], work[:n], totals[:n])
+    return out
+
+
+def log_softmax_dx(ans, g, axis=-1):
+    r"""Return $g - e^y \sum_j g_j$, the pull-back of the cotangent $g$ of $y$ = log_softmax(x)."""
+    fast = _row_loops(axis, ans, g)
+    if fast is None:
+        return g - np.exp(ans) * np.sum(g, axis=axis, keepdims=True)
+    ans, g = np.ascontiguousarray(ans), np.ascontiguousarray(g)
+    out = np.empty_like(ans)
+    a, b, to, size = _rows(ans), _rows(g), _rows(out), _rows_at_once(ans)
+    for start in range(0, len(a), size):
+        part = slice(start, start + size)
+        fast.log_softmax_dx(a[part], b[part], to[part])
+    return out
+
+
+def _row_loops(axis, *arrays):
+    return loops(*arrays) if axis in (-1, arrays[0].ndim - 1) else None
+
+
+def _rows(x):
+    return x.reshape(-1, x.shape[-1])
+
+
+def _rows_at_once(x):
+    return max(1, ROWS // x.shape[-1])

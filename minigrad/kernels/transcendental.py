@@ -1,0 +1,98 @@
+r"""exp, log, tanh, sigmoid and softplus of float32 arrays, as polynomials that vectorise.
+
+Two to four times as fast as NumPy's functions, which are vectorised too but for the sigmoid.
+Largest errors in units in the last place: exp 0.88, log 0.86, tanh 1.51, expit 1.37, softplus
+1.69, of all float32 numbers for exp and log, and for the others of all from $2^{-30}$ to $2^7$ in
+size and every 4099th elsewhere, where they are constant or linear. NaN and infinities come through
+as in NumPy, but without floating-point warnings. Other dtypes and small arrays go to NumPy.
+"""
+
+import numpy as np
+import scipy.special as sc
+
+from minigrad.kernels import compiled
+
+# Below this size NumPy is as fast, and a program with small arrays only never imports Numba.
+SMALL = 1 << 12
+# Elements that a thread takes at a time.
+BLOCK = 1 << 16
+
+
+def exp(x):
+    """Return $e^x$ elementwise."""
+    return _apply("exp", np.exp, x)
+
+
+def log(x):
+    r"""Return $\log x$ elementwise."""
+    return _apply("log", np.log, x)
+
+
+def tanh(x):
+    r"""Return $\tanh x$ elementwise."""
+    return _apply("tanh", np.tanh, x)
+
+
+def expit(x):
+    r"""Return $1 / (1 + e^{-x})$ elementwise."""
+    return _apply("expit", _expit, x)
+
+
+def softplus(x):
+    r"""Return $\log(1 + e^x)$ elementwise, without overflow."""
+    return _apply("softplus", _softplus, x)
+
+
+def loops(*arrays):
+    """Return the compiled loops if these are large float32 arrays of one shape, else None."""
+    first = arrays[0]
+    for a in arrays:
+        if type(a) is not np.ndarray or a.dtype != np.float32 or a.shape != first.shape:
+            return None
+    return compiled.load("transcendental_numba") if first.size >= SMALL else None
+
+
+def spread(kernel, out, *inputs):
+    """Run `kernel(*inputs, out)` on contiguous arrays of one shape, flattened; return `out`.
+
+    In blocks, where they are many. Inputs of another shape go to each call as they are.
+    """
+    inputs = [np.ascontiguousarray(a) for a in inputs]
+    flat = [a.reshape(-1) if a.shape == out.shape else a for a in inputs]
+    to = out.reshape(-1)
+
+    def work(start):
+        part = slice(start, start + BLOCK)
+        kernel(*(a[part] if a.size == to.size else a for a in flat), to[part])
+
+    if to.size < 2 * BLOCK:
+        kernel(*flat, to)
+    else:
+        compiled.parallel(work, range(0, to.size, BLOCK))
+    return out
+
+
+def _apply(name, twin, x):
+    fast = loops(x)
+    if fast is None:
+        return twin(x)
+    return spread(getattr(fast, name), np.empty(x.shape, np.float32), x)
+
+
+# SciPy's expit and NumPy's log1p are not vectorised; NumPy's exp and log of float32 are.
+
+
+def _expit(x):
+    if getattr(x, "dtype", None) == np.float32:
+        with np.errstate(over="ignore"):
+            return 1 / (1 + np.exp(-x))
+    return sc.expit(x)
+
+
+def _softplus(x):
+    e = np.exp(-np.abs(x))
+    if e.dtype != np.float32:
+        return np.maximum(x, 0) + np.log1p(e)
+    # log(1 + e), with what the rounding of 1 + e lost put back to first order.
+    u = 1 + e
+    return np.maximum(x, 0) + (np.log(u) + (e - (u - 1)) / u)
