@@ -291,7 +291,6 @@
 # First the bits. The exact gradient is the sum {eq}`eq-score-sum` with
 # $\partial q / \partial a_i = q(b)\, (b_i - \beta_i)$, and the estimator is one line. In the whole
 # book an estimator for bits is a function
-#
 # `estimator(f, logits, rng, *, k=1, ...)` of logits $(S, B, D)$, which returns one estimate for
 # each of the $S$ replicas, $(S, B, D)$, and spends $k$ samples on each. `f` maps bits
 # $(k, S, B, D)$ to values $(k, S, B)$. Replicas make mean, variance and bias one line each.
