@@ -288,20 +288,12 @@ class _Clock:
 
 @contextlib.contextmanager
 def _threads(number):
-    """Limit BLAS, and Numba where it is loaded, to `number` threads."""
+    """Limit BLAS, and with it the kernels, to `number` threads."""
     import scipy.linalg  # noqa: F401  (brings its own BLAS, which must be there to be limited)
     from threadpoolctl import threadpool_limits
 
-    numba = sys.modules.get("numba")
-    before = numba.get_num_threads() if numba else None
     with threadpool_limits(limits=number):
-        try:
-            if numba:
-                numba.set_num_threads(min(number, numba.config.NUMBA_NUM_THREADS))
-            yield
-        finally:
-            if numba:
-                numba.set_num_threads(before)
+        yield
 
 
 @contextlib.contextmanager

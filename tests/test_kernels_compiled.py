@@ -136,6 +136,21 @@ def test_parallel_does_every_piece_once_and_restores_blas(number):
         compiled.parallel(work, [])
 
 
+def test_parallel_makes_one_space_for_each_thread():
+    made = []
+
+    def make_space():
+        made.append(np.zeros(2, int))
+        return (made[-1],)
+
+    def work(piece, space):
+        space += 1, piece
+
+    compiled.parallel(work, range(50), make_space)
+    assert np.sum(made, axis=0).tolist() == [50, 50 * 49 / 2]
+    assert len(made) <= compiled.threads()
+
+
 def test_parallel_within_parallel_and_from_two_threads():
     done = []
 

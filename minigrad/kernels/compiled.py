@@ -26,7 +26,9 @@ What a kernel must keep to:
   A kernel is a plain loop that releases the GIL, and `parallel` runs it on threads that sleep;
 - the pieces given to `parallel` follow from the shapes and never from the number of threads, each
   writes to its own part of the output, and partial sums are added in a fixed order afterwards. So
-  the results are the same bits with any number of threads.
+  the results are the same bits with any number of threads;
+- sums that should stay in registers need `@njit(noalias=True)`, rows that are separate arguments,
+  and a look at `inspect_asm()`: the innermost loop must not store. See `conv_numba.multiply`.
 
 There is one setting for the number of threads, that of NumPy's BLAS: OMP_NUM_THREADS,
 `threadpoolctl.threadpool_limits` and so on count for the kernels as well. Numba's own threads are
@@ -140,31 +142,33 @@ def threads():
     return min([cores, *(library.num_threads for library in blas)])
 
 
-def parallel(work, pieces):
-    """Call `work(piece)` for every piece, on `threads()` threads; BLAS inside them has one.
+def parallel(work, pieces, make_space=tuple):
+    """Call `work(piece, *space)` for every piece, on `threads()` threads; BLAS inside has one.
 
-    Worth its 50 microseconds or so where a piece takes at least as long. A call from within `work`,
-    or while another thread is here, does its pieces one after the other.
+    `make_space()` is called once for each thread, which uses the result for all of its pieces: new
+    memory is slow, and taking it in the threads makes them wait for each other. Worth its 50
+    microseconds or so where a piece takes at least as long. A call from within `work`, or while
+    another thread is here, goes through its pieces alone.
     """
     pieces = list(pieces)
-    helpers = min(threads(), len(pieces)) - 1
+    todo = iter(pieces)  # shared: each thread takes the next piece
+
+    def run(space):
+        for piece in todo:
+            work(piece, *space)
+
     if not _alone.acquire(blocking=False):
-        for piece in pieces:
-            work(piece)
+        run(make_space())
         return
+    helpers = min(threads(), len(pieces)) - 1
     before = [library.num_threads for library in _blas()]
     try:
         for library in _blas():
             library.set_num_threads(1)
-        todo = iter(pieces)  # shared: each thread takes the next piece
-
-        def run():
-            for piece in todo:
-                work(piece)
-
-        futures = [_pool().submit(run) for _ in range(helpers)]
+        own, *spaces = [make_space() for _ in range(helpers + 1)] or [()]
+        futures = [_pool().submit(run, space) for space in spaces]
         try:
-            run()
+            run(own)
         finally:
             started = [future for future in futures if not future.cancel()]
             wait(started)

@@ -19,7 +19,6 @@ import functools
 import operator
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from minigrad.kernels import compiled
 
@@ -57,7 +56,7 @@ def _conv2d(x, w, stride, padding, dilation, taps, out_shape):
     matrix = w[:, :, taps[:, 0], taps[:, 1]].reshape(len(w), w.shape[1] * len(taps))
 
     def work(block):
-        patches = _patches(x[block], w.shape, stride, padding, dilation, taps, dtype)
+        patches = _patches(x[block], out_shape[2:], stride, padding, dilation, taps, dtype)
         patches = patches.reshape(len(patches), matrix.shape[1], out.shape[2])
         np.matmul(matrix, patches, out=out[block])
 
@@ -122,7 +121,7 @@ def _conv2d_dx(g, w, x_shape, stride, padding, dilation, taps, out_shape):
         images = len(g[block])
         parts = np.matmul(matrix, g[block])
         parts = parts.reshape(images, len(taps), channels, *out_shape[2:])
-        for t, tap in enumerate(taps):
+        for t, tap in enumerate(taps.tolist()):
             target = _tap(dx[block], tap, stride, dilation, out_shape[2:])
             target += parts[:, t]
 
@@ -143,40 +142,30 @@ def conv2d_dw(g, x, w_shape, stride=1, padding=0, dilation=1, taps=None):
     taps = _live("conv2d_dw", taps, w_shape)
     dtype = np.result_type(g, x)
     direct = _direct_pays(w_shape[0], g.shape[2] * g.shape[3], dtype, x.shape)
-    partial, finish = (_direct_dw if direct else _numpy_dw)(
+    total = (_direct_dw if direct else _numpy_dw)(
         g, x, w_shape, stride, padding, dilation, taps, dtype
     )
-    pieces = _pieces(len(x))
-    parts = [None] * len(pieces)
-
-    def work(piece):
-        parts[piece] = partial(pieces[piece])
-
-    compiled.parallel(work, range(len(pieces)))
     dw = np.zeros(w_shape, dtype)
-    if parts:
-        total = parts[0]
-        for part in parts[1:]:  # always in this order
-            total += part
-        dw[:, :, taps[:, 0], taps[:, 1]] = finish(total)
+    dw[:, :, taps[:, 0], taps[:, 1]] = total
     return dw
 
 
 def _numpy_dw(g, x, w_shape, stride, padding, dilation, taps, dtype):
-    """Return two functions: one sums over a slice of the batch, one makes the sum (F, C, T)."""
+    """Return dw at the taps, (F, C, T)."""
     filters, channels = w_shape[:2]
-    size, pixels = channels * len(taps), g.shape[2] * g.shape[3]
+    size, terms = g.shape[2:], channels * len(taps)
+    pieces = _pieces(len(x))
+    parts = np.zeros((len(pieces), filters, terms), dtype)
 
-    def partial(piece):
-        dw = np.zeros((filters, size), dtype)
-        g_, x_ = g[piece].astype(dtype, copy=False).swapaxes(0, 1), x[piece]
-        for block in _blocks(len(x_), size * pixels * dtype.itemsize):
-            patches = _patches(x_[block], w_shape, stride, padding, dilation, taps, dtype, True)
-            patches = patches.reshape(size, patches.shape[2] * pixels)
-            dw += g_[:, block].reshape(filters, patches.shape[1]) @ patches.T
-        return dw
+    def work(p):
+        g_, x_ = g[pieces[p]].astype(dtype, copy=False).swapaxes(0, 1), x[pieces[p]]
+        for block in _blocks(len(x_), terms * size[0] * size[1] * dtype.itemsize):
+            patches = _patches(x_[block], size, stride, padding, dilation, taps, dtype, True)
+            patches = patches.reshape(terms, patches.shape[2] * size[0] * size[1])
+            parts[p] += g_[:, block].reshape(filters, patches.shape[1]) @ patches.T
 
-    return partial, lambda dw: dw.reshape(filters, channels, len(taps))
+    compiled.parallel(work, range(len(pieces)))
+    return parts.sum(axis=0).reshape(filters, channels, len(taps))
 
 
 # ----------------------------------------------------------------------------- compiled kernels
@@ -215,12 +204,14 @@ def _direct(x, weights, offsets, step, stride, out_shape):
     y = np.empty(out_shape, dtype)
     rows = min(max(fast.BLOCK, out_shape[3]), starts.shape[1])
 
-    def work(piece):
-        zeros, space = np.zeros(tile, dtype), np.empty((fast.ROWS, fast.LANES), dtype)
-        out = np.zeros((len(b), rows + fast.ROWS, fast.LANES), dtype)
+    def make_space():
+        space = np.empty((fast.ROWS, fast.LANES), dtype)
+        return np.zeros(tile, dtype), space, np.zeros((len(b), rows + fast.ROWS, fast.LANES), dtype)
+
+    def work(piece, zeros, space, out):
         fast.correlate(x[piece], zeros, corner, phases, starts, runs, b, space, out, y[piece])
 
-    compiled.parallel(work, _pieces(batch))
+    compiled.parallel(work, _pieces(batch), make_space)
     return y
 
 
@@ -255,7 +246,7 @@ def _plan(channels, image, offsets, step, stride, out_image, multiple):
 
 
 def _direct_dw(g, x, w_shape, stride, padding, dilation, taps, dtype):
-    """Return two functions, as `_numpy_dw` does."""
+    """Return dw at the taps, (F, C, T)."""
     fast = compiled.load("conv_numba")
     (filters, channels), (rows, columns) = w_shape[:2], g.shape[2:]
     g, x = np.require(g, dtype, KERNEL_ARRAY), np.require(x, dtype, KERNEL_ARRAY)
@@ -267,22 +258,23 @@ def _direct_dw(g, x, w_shape, stride, padding, dilation, taps, dtype):
     starts = ((lines * depth + row // stride[0]) * columns).ravel().astype(np.uint64)
     runs = np.array([[0, 0, rows * columns]], np.uint64)
 
-    def partial(piece):
+    pieces = _pieces(len(x))
+    parts = np.zeros((len(pieces), blocks, panels, len(starts), fast.LANES), dtype)
+
+    def make_space():
         tile = np.zeros((CHANNELS, len(shifts), stride[0], depth, columns), dtype)
         b = np.zeros((panels, rows * columns, fast.LANES), dtype)
-        space = np.empty((fast.ROWS, fast.LANES), dtype)
-        out = np.zeros((blocks, panels, len(starts), fast.LANES), dtype)
-        fast.correlate_weights(
-            x[piece], g[piece], tile, padding, stride, shifts, starts, runs, b, space, out
-        )
-        return out
+        return tile, b, np.empty((fast.ROWS, fast.LANES), dtype)
 
-    def finish(out):
-        dw = out[:, :, : CHANNELS * len(taps)].transpose(1, 3, 0, 2)
-        shape = panels * fast.LANES, blocks * CHANNELS, len(taps)
-        return dw.reshape(shape)[:filters, :channels]
+    def work(p, tile, b, space):
+        images = x[pieces[p]], g[pieces[p]]
+        layout = padding, stride, shifts, starts, runs
+        fast.correlate_weights(*images, tile, *layout, b, space, parts[p])
 
-    return partial, finish
+    compiled.parallel(work, range(len(pieces)), make_space)
+    total = parts.sum(axis=0)[:, :, : CHANNELS * len(taps)].transpose(1, 3, 0, 2)
+    shape = panels * fast.LANES, blocks * CHANNELS, len(taps)
+    return total.reshape(shape)[:filters, :channels]
 
 
 CHANNELS = 6  # of x at a time: so many times the number of taps is whole rows of the kernel
@@ -378,26 +370,22 @@ def _blocks(batch, bytes_per_image):
     return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
 
-def _patches(x, w_shape, stride, padding, dilation, taps, dtype, batch_last=False):
-    """Copy the pixels of the zero-padded x that each tap meets: (N, C, T, H', W').
+def _patches(x, size, stride, padding, dilation, taps, dtype, batch_last=False):
+    """Copy the pixels of the zero-padded x that each tap meets: (N, C, T, *size).
 
-    With `batch_last` it is (C, T, N, H', W').
+    With `batch_last` it is (C, T, N, *size).
     """
+    batch, channels, height, width = x.shape
     if any(padding):
-        batch, channels, height, width = x.shape
         top, left = padding
         padded = np.zeros((batch, channels, height + 2 * top, width + 2 * left), x.dtype)
         padded[:, :, top : top + height, left : left + width] = x
         x = padded
-    spans = [d * (size - 1) + 1 for d, size in zip(dilation, w_shape[2:])]
-    windows = sliding_window_view(x, spans, axis=(2, 3))
-    windows = windows[:, :, :: stride[0], :: stride[1], :: dilation[0], :: dilation[1]]
-    n, c, height, width = windows.shape[:4]
-    first = (c, len(taps), n) if batch_last else (n, c, len(taps))
-    patches = np.empty((*first, height, width), dtype)
+    first = (channels, len(taps), batch) if batch_last else (batch, channels, len(taps))
+    patches = np.empty((*first, *size), dtype)
     by_image = patches.transpose(2, 0, 1, 3, 4) if batch_last else patches
-    for t, (row, column) in enumerate(taps):
-        by_image[:, :, t] = windows[..., row, column]
+    for t, tap in enumerate(taps.tolist()):
+        by_image[:, :, t] = _tap(x, tap, stride, dilation, size)
     return patches
 
 
