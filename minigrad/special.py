@@ -279,6 +279,8 @@ def bernoulli_log_prob(logits, x):
     Elementwise, in nats, without overflow. For `x` strictly between 0 and 1 it is the
     cross-entropy, which is no log-density: it lacks a normaliser.
     """
+    if getattr(x, "dtype", np.dtype(float)).kind in "biu" and hasattr(logits, "dtype"):
+        x = x.astype(logits.dtype)  # an integer 0 or 1 must not widen float32
     return _bernoulli_log_prob(logits, x)
 
 

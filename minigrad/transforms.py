@@ -136,6 +136,21 @@ def _kind(x):
     return f"a {type(x).__name__}"
 
 
+def _choose(f, argnums, args, kwargs):
+    """Return `f` as a function of the arguments that `argnums` names alone, and these arguments."""
+    nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if not all(-len(args) <= n < len(args) for n in nums):
+        raise TypeError(f"argnums={argnums}, but there are {len(args)} positional arguments")
+
+    def of_chosen(*chosen):
+        full = list(args)
+        for n, arg in zip(nums, chosen):
+            full[n] = arg
+        return f(*full, **kwargs)
+
+    return of_chosen, tuple(args[n] for n in nums)
+
+
 def value_and_grad(f, argnums=0, has_aux=False):
     """Return the function `(*args) -> (f(*args), gradient)` for a scalar-valued `f`.
 
@@ -145,23 +160,11 @@ def value_and_grad(f, argnums=0, has_aux=False):
     """
 
     def gradient(*args, **kwargs):
-        nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-        if not all(-len(args) <= n < len(args) for n in nums):
-            raise TypeError(f"argnums={argnums}, but there are {len(args)} positional arguments")
-
-        def of_chosen(*chosen):
-            full = list(args)
-            for n, arg in zip(nums, chosen):
-                full[n] = arg
-            return f(*full, **kwargs)
-
-        value, pullback, *aux = vjp(of_chosen, *(args[n] for n in nums), has_aux=has_aux)
-        if np.shape(value) != () or isinstance(value, (dict, list, tuple, type(None))):
-            found = (
-                _kind(value)
-                if isinstance(value, (dict, list, tuple, type(None)))
-                else f"an array of shape {np.shape(value)}"
-            )
+        of_chosen, chosen = _choose(f, argnums, args, kwargs)
+        value, pullback, *aux = vjp(of_chosen, *chosen, has_aux=has_aux)
+        container = isinstance(value, (dict, list, tuple, type(None)))
+        if container or np.shape(value) != ():
+            found = _kind(value) if container else f"an array of shape {np.shape(value)}"
             raise TypeError(
                 f"grad needs a function that returns one scalar; this one returned {found}. "
                 "Reduce it (np.sum, np.mean), return the rest as aux (has_aux=True), or use "
@@ -223,15 +226,8 @@ def jacobian(f, argnums=0):
     """
 
     def matrix(*args, **kwargs):
-        nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-
-        def of_chosen(*chosen):
-            full = list(args)
-            for n, arg in zip(nums, chosen):
-                full[n] = arg
-            return f(*full, **kwargs)
-
-        out, pullback = vjp(of_chosen, *(args[n] for n in nums))
+        of_chosen, primals = _choose(f, argnums, args, kwargs)
+        out, pullback = vjp(of_chosen, *primals)
         leaves, treedef = tree.flatten(out)
         blocks = []
         for i, leaf in enumerate(leaves):
@@ -242,10 +238,9 @@ def jacobian(f, argnums=0):
                 unit[i].flat[j] = 1
                 rows.append(pullback(tree.unflatten(treedef, unit)))
             if not rows:  # an empty result: no pass gives the structure of the argument
-                rows = None
-                chosen = tuple(args[n] for n in nums)
                 block = tree.map(
-                    lambda x, s=shape: np.zeros(s + np.shape(x), getattr(x, "dtype", float)), chosen
+                    lambda x, s=shape: np.zeros(s + np.shape(x), getattr(x, "dtype", float)),
+                    primals,
                 )
             else:
                 block = tree.map(

@@ -277,6 +277,7 @@ ERRORS = {
     "none_result": (lambda: grad(lambda x: None)(1.0), TypeError, "returned a NoneType"),
     "string_result": (lambda: grad(lambda x: "y")(1.0), TypeError, "not a str"),
     "argnums": (lambda: grad(np.sin, argnums=1)(1.0), TypeError, "argnums=1, but there are 1"),
+    "argnums_of_jacobian": (lambda: jacobian(np.sin, 1)(1.0), TypeError, "there are 1 positional"),
     "aux": (lambda: grad(np.sin, has_aux=True)(1.0), TypeError, r"returns \(value, aux\)"),
     "cotangent_structure": (
         lambda: vjp(lambda x: {"y": x}, 1.0)[1](1.0),

@@ -14,7 +14,6 @@ import scipy.special as sc
 
 from minigrad import grad, linalg, special, tree, vjp
 from minigrad.check import check_grads
-from minigrad.core import TABLE
 
 REAL, POSITIVE, UNIT = (-2.0, 2.0), (0.3, 3.0), (0.1, 0.9)
 UNARY_SHAPES = [(), (0,), (2, 3)]
@@ -366,10 +365,7 @@ def test_arrays_and_tracers_mix_in_operators():
     np.testing.assert_array_equal(g, 6 * a + 2)
 
 
-def test_a_dispatching_function_never_returns_an_untraced_result_for_traced_input():
-    # A silent loss of the gradient is the one bug that no gradient check can see.
-    for f in TABLE.values():
-        assert callable(f)
+def test_numpy_functions_of_traced_arrays_keep_the_gradient():
     x = np.array([[2.0, 0.5], [0.5, 1.0]])
     for name in ("exp", "sum", "cumsum", "transpose", "ravel", "tril", "linalg.inv"):
         f = np
@@ -454,6 +450,13 @@ def test_float32_softplus_keeps_its_digits_in_the_lower_tail():
     for f, sign in (special.softplus, 1), (lambda x: special.log_sigmoid(-x), -1):
         np.testing.assert_allclose(f(x), sign * exact, rtol=4e-7)
     np.testing.assert_allclose(special.bernoulli_log_prob(x, 0), -exact, rtol=4e-7)
+
+
+def test_integer_images_do_not_widen_a_float32_log_likelihood():
+    logits, x = np.array([-1.0, 2.0], np.float32), np.array([0, 1])
+    out, pullback = vjp(lambda a: special.bernoulli_log_prob(a, x), logits)
+    assert out.dtype == np.float32 and pullback(out)[0].dtype == np.float32
+    np.testing.assert_allclose(out, special.log_sigmoid(np.array([1.0, 2.0])), rtol=1e-6)
 
 
 def test_xlogy_at_zero_zero_has_finite_derivatives():
