@@ -514,8 +514,7 @@ def elbo_by_hand(theta, phi, x):
 
 
 # %% [markdown]
-# Mean field for the linear model, and for the mixture. Note that EM needs no code of its own
-# except the loop.
+# Mean field for the linear model: one update, and the gap that is left at the end.
 
 
 # %%
@@ -529,6 +528,11 @@ def block_gap(precision, blocks):
     """Gap in nats of the best q with these blocks of latents: Eq. (eq-elbo-mean-field-gap)."""
     log_dets = [np.linalg.slogdet(precision[np.ix_(b, b)])[1] for b in blocks]
     return 0.5 * (sum(log_dets) - np.linalg.slogdet(precision)[1])
+
+
+# %% [markdown]
+# The two updates of the mixture, and its bound. With `var` = 0 the first is an E step; with an
+# infinite `prior_var` the second is an M step.
 
 
 # %%
@@ -556,6 +560,11 @@ def mixture_elbo(x, log_r, loc, var, prior_var):
     return label_bound(x, log_r, loc, var) - kl
 
 
+# %% [markdown]
+# Coordinate ascent and EM are loops over these; EM needs no code of its own but the loop.
+
+
+# %%
 def coordinate_ascent(x, loc, prior_var, sweeps):
     """ELBO after each update, two per sweep, and the last factors (log_r, loc, var)."""
     var, bounds = np.ones_like(loc), []
@@ -579,6 +588,12 @@ def em(x, loc, steps):
     return np.array(bounds), np.array(log_evidence), loc
 
 
+# %% [markdown]
+# And the truth: the log-evidence with the means fixed, where each number has its own sum over the
+# components, and with the means integrated out, where the sum is over all assignments.
+
+
+# %%
 def mixture_log_likelihood(x, loc):
     """log p(x) in nats at fixed means `loc` (K,)."""
     log_p = -0.5 * LOG_2PI - 0.5 * (x[:, None] - loc) ** 2 - math.log(len(loc))
@@ -624,6 +639,12 @@ def log_evidence(theta, x):
     return -0.5 * (len(x) * LOG_2PI + log_det + x @ linalg.solve(covariance, x))
 
 
+# %% [markdown]
+# The ELBO twice: in its second form, where everything is known in closed form, and as single
+# samples, whose noise comes in from outside.
+
+
+# %%
 def reconstruction(theta, phi, x):
     """E_q[log p(x | z)] of the linear model in nats, first term of Eq. (eq-elbo-linear-bound)."""
     W, noise = theta["weights"], np.exp(theta["log_noise"])

