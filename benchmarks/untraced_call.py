@@ -3,24 +3,25 @@
 import numpy as np
 
 CALLS = 100
-X = np.linspace(-1, 1, 8)
 
 
-def _repeat(f):
+def _repeat(f, n):
+    x = np.linspace(-1, 1, n)
+
     def step():
         for _ in range(CALLS):
-            f(X)
+            f(x)
 
-    return step, lambda: {"y": f(X)}
+    return step, lambda: {"y": f(x)}
 
 
-def minigrad():
+def minigrad(n=8):
     """The primitive `exp`."""
     from minigrad.elementwise import exp
 
-    return _repeat(exp)
+    return _repeat(exp, n)
 
 
-def numpy():
+def numpy(n=8):
     """NumPy's ufunc."""
-    return _repeat(np.exp)
+    return _repeat(np.exp, n)

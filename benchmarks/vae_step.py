@@ -7,8 +7,9 @@ Each framework starts from the same parameters, and sees the same images and noi
 
 import numpy as np
 
+from benchmarks import peers
+
 BATCH, PIXELS, HIDDEN, LATENTS = 100, 784, 400, 20
-RATE, B1, B2, EPS = 1e-3, 0.9, 0.999, 1e-8
 # Name -> shape of the weights; the bias of layer "x" is "x_b".
 LAYERS = {
     "hidden": (PIXELS, HIDDEN),
@@ -19,26 +20,40 @@ LAYERS = {
 }
 
 
-def problem():
-    """Return (params, images, noise): params is a flat dict of arrays."""
+def problem(n):
+    """Return (params, images, noise): a flat dict of arrays, and n rows of either."""
     rng = np.random.default_rng(0)
     params = {}
     for name, (n_in, n_out) in LAYERS.items():
         params[name] = (rng.normal(size=(n_in, n_out)) / np.sqrt(n_in)).astype(np.float32)
         params[name + "_b"] = np.zeros(n_out, np.float32)
-    images = (rng.random((BATCH, PIXELS)) < 0.2).astype(np.float32)
-    noise = rng.standard_normal((BATCH, LATENTS)).astype(np.float32)
+    images = (rng.random((n, PIXELS)) < 0.2).astype(np.float32)
+    noise = rng.standard_normal((n, LATENTS)).astype(np.float32)
     return params, images, noise
 
 
-def minigrad():
+def _case(n, gradient, step, current):
+    """Return the step, and the result: a gradient, and where five steps lead to."""
+
+    def result():
+        value, grads = gradient(problem(n)[0])
+        for _ in range(5):
+            step()
+        params = {name: np.array(p) for name, p in current().items()}
+        later, _ = gradient_by_hand(params, *problem(n)[1:])
+        return {"value": value, **grads, "value after 5 steps": later}
+
+    return step, result
+
+
+def minigrad(n=BATCH):
     """The step with minigrad: autodiff, and Adam as a pure function."""
     from minigrad import value_and_grad
     from minigrad.nn import affine
     from minigrad.optim import adam
     from minigrad.special import bernoulli_log_prob
 
-    params, x, noise = problem()
+    params, x, noise = problem(n)
 
     def negative_elbo(p):
         h = np.tanh(affine(x, p["hidden"], p["hidden_b"]))
@@ -48,119 +63,95 @@ def minigrad():
         h = np.tanh(affine(z, p["decoder"], p["decoder_b"]))
         logits = affine(h, p["logits"], p["logits_b"])
         kl = 0.5 * np.sum(np.exp(log_var) + loc * loc - 1 - log_var)
-        return (kl - np.sum(bernoulli_log_prob(logits, x))) / BATCH
+        return (kl - np.sum(bernoulli_log_prob(logits, x))) / n
 
     gradient = value_and_grad(negative_elbo)
-    optimizer = adam(RATE, B1, B2, EPS)
-    now = {"params": params, "state": optimizer.init(params)}
+    optimizer = adam(peers.RATE, peers.B1, peers.B2, peers.EPS)
+    state = optimizer.init(params)
 
     def step():
-        _, grads = gradient(now["params"])
-        now["params"], now["state"] = optimizer.update(grads, now["state"], now["params"])
-
-    def result():
-        value, grads = gradient(params)
-        return {"value": value, **grads}
-
-    return step, result
-
-
-def numpy():
-    """The step by hand: every derivative written out, buffers reused where that is plain."""
-    params, x, noise = problem()
-    start = {name: p.copy() for name, p in params.items()}
-    m = {name: np.zeros_like(p) for name, p in params.items()}
-    v = {name: np.zeros_like(p) for name, p in params.items()}
-    taken = 0
-
-    def affine(x, w, b):
-        y = x @ w
-        y += b
-        return y
-
-    def gradient(p):
-        h1 = affine(x, p["hidden"], p["hidden_b"])
-        np.tanh(h1, out=h1)
-        loc = affine(h1, p["loc"], p["loc_b"])
-        log_var = affine(h1, p["log_var"], p["log_var_b"])
-        scale = np.exp(0.5 * log_var)
-        z = loc + scale * noise
-        h2 = affine(z, p["decoder"], p["decoder_b"])
-        np.tanh(h2, out=h2)
-        logits = affine(h2, p["logits"], p["logits_b"])
-        # log(1 + exp(a)) = max(a, 0) + log(1 + exp(-|a|)), without overflow.
-        e = np.abs(logits)
-        np.negative(e, out=e)
-        np.exp(e, out=e)
-        e += 1
-        softplus = np.log(e)
-        softplus += np.maximum(logits, 0)
-        log_prob = np.vdot(x, logits) - np.sum(softplus)
-        var = scale * scale
-        kl = 0.5 * np.sum(var + loc * loc - 1 - log_var)
-        value = (kl - log_prob) / BATCH
-
-        g = {}
-        np.negative(logits, out=e)
-        np.exp(e, out=e)
-        e += 1
-        d = np.divide(1, e, out=e)
-        d -= x
-        d /= BATCH
-        g["logits"], g["logits_b"] = h2.T @ d, d.sum(0)
-        d = d @ p["logits"].T
-        h2 *= h2
-        np.subtract(1, h2, out=h2)
-        d *= h2
-        g["decoder"], g["decoder_b"] = z.T @ d, d.sum(0)
-        d = d @ p["decoder"].T
-        d_loc = d + loc / BATCH
-        d_log_var = 0.5 * (d * noise * scale + (var - 1) / BATCH)
-        g["loc"], g["loc_b"] = h1.T @ d_loc, d_loc.sum(0)
-        g["log_var"], g["log_var_b"] = h1.T @ d_log_var, d_log_var.sum(0)
-        d = d_loc @ p["loc"].T
-        d += d_log_var @ p["log_var"].T
-        h1 *= h1
-        np.subtract(1, h1, out=h1)
-        d *= h1
-        g["hidden"], g["hidden_b"] = x.T @ d, d.sum(0)
-        return value, g
-
-    def step():
-        nonlocal taken
+        nonlocal params, state
         _, grads = gradient(params)
-        taken += 1
-        c = float(np.sqrt(1 - B2**taken))
-        for name, g in grads.items():
-            m[name] += (1 - B1) * (g - m[name])
-            g *= g
-            g -= v[name]
-            g *= 1 - B2
-            v[name] += g
-            np.sqrt(v[name], out=g)
-            g += c * EPS
-            np.divide(m[name], g, out=g)
-            g *= RATE * c / (1 - B1**taken)
-            params[name] -= g
+        params, state = optimizer.update(grads, state, params)
 
-    def result():
-        value, grads = gradient(start)
-        return {"value": value, **grads}
-
-    return step, result
+    return _case(n, gradient, step, lambda: params)
 
 
-def torch():
+def _affine(x, w, b):
+    y = x @ w
+    y += b
+    return y
+
+
+def gradient_by_hand(p, x, noise):
+    """Minus the ELBO and its gradient; buffers are reused where that is plain."""
+    h1 = _affine(x, p["hidden"], p["hidden_b"])
+    np.tanh(h1, out=h1)
+    loc = _affine(h1, p["loc"], p["loc_b"])
+    log_var = _affine(h1, p["log_var"], p["log_var_b"])
+    scale = np.exp(0.5 * log_var)
+    z = loc + scale * noise
+    h2 = _affine(z, p["decoder"], p["decoder_b"])
+    np.tanh(h2, out=h2)
+    logits = _affine(h2, p["logits"], p["logits_b"])
+    # log(1 + exp(a)) = max(a, 0) + log(1 + exp(-|a|)), without overflow.
+    e = np.abs(logits)
+    np.negative(e, out=e)
+    np.exp(e, out=e)
+    e += 1
+    softplus = np.log(e)
+    softplus += np.maximum(logits, 0)
+    log_prob = np.vdot(x, logits) - np.sum(softplus)
+    var = scale * scale
+    kl = 0.5 * np.sum(var + loc * loc - 1 - log_var)
+    value = (kl - log_prob) / len(x)
+
+    g = {}
+    np.negative(logits, out=e)
+    np.exp(e, out=e)
+    e += 1
+    d = np.divide(1, e, out=e)
+    d -= x
+    d /= len(x)
+    g["logits"], g["logits_b"] = h2.T @ d, d.sum(0)
+    d = d @ p["logits"].T
+    h2 *= h2
+    np.subtract(1, h2, out=h2)
+    d *= h2
+    g["decoder"], g["decoder_b"] = z.T @ d, d.sum(0)
+    d = d @ p["decoder"].T
+    d_loc = d + loc / len(x)
+    d_log_var = 0.5 * (d * noise * scale + (var - 1) / len(x))
+    g["loc"], g["loc_b"] = h1.T @ d_loc, d_loc.sum(0)
+    g["log_var"], g["log_var_b"] = h1.T @ d_log_var, d_log_var.sum(0)
+    d = d_loc @ p["loc"].T
+    d += d_log_var @ p["log_var"].T
+    h1 *= h1
+    np.subtract(1, h1, out=h1)
+    d *= h1
+    g["hidden"], g["hidden_b"] = x.T @ d, d.sum(0)
+    return value, g
+
+
+def numpy(n=BATCH):
+    """The step by hand: every derivative written out."""
+    params, x, noise = problem(n)
+    update = peers.numpy_adam(params)
+    gradient = lambda p: gradient_by_hand(p, x, noise)
+    return _case(n, gradient, lambda: update(gradient(params)[1]), lambda: params)
+
+
+def torch(n=BATCH):
     """The step with PyTorch in eager mode, with its fused Adam."""
     import torch
     from torch.nn import functional as F
 
-    start, x, noise = problem()
+    params, x, noise = problem(n)
     x, noise = torch.from_numpy(x), torch.from_numpy(noise)
 
-    def parameters():
+    def tensors(params):
         # torch.nn.Linear keeps its weights as (n_out, n_in).
-        return {name: torch.from_numpy(p.T.copy()).requires_grad_() for name, p in start.items()}
+        return {k: torch.from_numpy(p.T.copy()).requires_grad_() for k, p in params.items()}
 
     def negative_elbo(p):
         h = torch.tanh(F.linear(x, p["hidden"], p["hidden_b"]))
@@ -170,21 +161,70 @@ def torch():
         h = torch.tanh(F.linear(z, p["decoder"], p["decoder_b"]))
         logits = F.linear(h, p["logits"], p["logits_b"])
         kl = 0.5 * torch.sum(torch.exp(log_var) + loc * loc - 1 - log_var)
-        return (kl + F.binary_cross_entropy_with_logits(logits, x, reduction="sum")) / BATCH
+        return (kl + F.binary_cross_entropy_with_logits(logits, x, reduction="sum")) / n
 
-    params = parameters()
-    optimizer = torch.optim.Adam(params.values(), lr=RATE, betas=(B1, B2), eps=EPS, fused=True)
-
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        negative_elbo(params).backward()
-        optimizer.step()
-
-    def result():
-        fresh = parameters()
+    def gradient(params):
+        fresh = tensors(params)
         value = negative_elbo(fresh)
         value.backward()
-        grads = {name: p.grad.numpy().T for name, p in fresh.items()}
-        return {"value": value.item(), **grads}
+        return value.item(), {k: p.grad.numpy().T for k, p in fresh.items()}
 
-    return step, result
+    params = tensors(params)
+    step = peers.torch_step(negative_elbo, params)
+    current = lambda: {k: p.detach().numpy().T for k, p in params.items()}
+    _, result = _case(n, gradient, step, current)
+    return peers.torch_fastest("vae_step", step), result
+
+
+def _negative_elbo(np, softplus, p, x, noise):
+    """Minus the ELBO in the operations of NumPy's interface."""
+    h = np.tanh(np.matmul(x, p["hidden"]) + p["hidden_b"])
+    loc = np.matmul(h, p["loc"]) + p["loc_b"]
+    log_var = np.matmul(h, p["log_var"]) + p["log_var_b"]
+    z = loc + np.exp(0.5 * log_var) * noise
+    h = np.tanh(np.matmul(z, p["decoder"]) + p["decoder_b"])
+    logits = np.matmul(h, p["logits"]) + p["logits_b"]
+    kl = 0.5 * np.sum(np.exp(log_var) + loc * loc - 1 - log_var)
+    return (kl + np.sum(softplus(logits) - x * logits)) / x.shape[0]
+
+
+def jax(n=BATCH):
+    """The step with JAX, compiled as a whole."""
+    import jax
+    import jax.numpy as jnp
+
+    params, x, noise = problem(n)
+    x, noise = jnp.asarray(x), jnp.asarray(noise)
+    loss = lambda p: _negative_elbo(jnp, jax.nn.softplus, p, x, noise)
+    step, state = peers.jax_training_step(loss, params)
+    return _case(n, jax.jit(jax.value_and_grad(loss)), step, lambda: state()[0])
+
+
+def autograd(n=BATCH):
+    """The step with HIPS autograd, and Adam by hand."""
+    import autograd.numpy as anp
+    from autograd import value_and_grad
+
+    params, x, noise = problem(n)
+    update = peers.numpy_adam(params)
+    softplus = lambda a: anp.logaddexp(a, np.float32(0))
+    gradient = value_and_grad(lambda p: _negative_elbo(anp, softplus, p, x, noise))
+    return _case(n, gradient, lambda: update(gradient(params)[1]), lambda: params)
+
+
+def mygrad(n=BATCH):
+    """The step with MyGrad, without its guards against writing into arrays, and Adam by hand."""
+    import mygrad
+
+    mygrad.turn_memory_guarding_off()
+    params, x, noise = problem(n)
+    update = peers.numpy_adam(params)
+    softplus = lambda a: mygrad.logaddexp(a, np.float32(0))
+
+    def gradient(params):
+        tensors = {k: mygrad.tensor(p, copy=False) for k, p in params.items()}
+        value = _negative_elbo(mygrad, softplus, tensors, x, noise)
+        value.backward()
+        return value.item(), {k: t.grad for k, t in tensors.items()}
+
+    return _case(n, gradient, lambda: update(gradient(params)[1]), lambda: params)

@@ -1173,6 +1173,15 @@ def test_elbo_coordinate_ascent_is_monotone_and_below_the_evidence(record):
     assert steepest < 1e-12
 
 
+def test_elbo_reported_bounds_are_those_of_the_factors_after_their_update():
+    bounds, (log_r, loc, var) = coordinate_ascent(DATA, np.array([0.5, 1.0]), PRIOR_VAR, 3)
+    assert bounds[-1] == mixture_elbo(DATA, log_r, loc, var, PRIOR_VAR)
+    start = np.array([0.5, 1.0])
+    log_r = update_labels(DATA, start, 0.0)
+    bounds, _, loc = em(DATA, start, 1)
+    assert bounds[1] == label_bound(DATA, log_r, loc, 0.0) > bounds[0]
+
+
 def test_elbo_mixture_evidence_agrees_with_quadrature():
     x, nu = DATA[3:8], np.linspace(-25, 25, 501)
     log_lik = Normal(nu, 1.0).log_prob(x[:, None])  # (N, n)

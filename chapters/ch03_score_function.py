@@ -1284,6 +1284,67 @@ def test_score_vae_is_differentiable_in_relaxed_bits(name):
     check_grads(f, (params,))
 
 
+def test_score_generated_pixels_have_the_means_of_the_model():
+    rng = np.random.default_rng(12)
+    params = bernoulli_vae_init(rng, [5, 3, 2, 2], dtype=np.float64)  # three layers of bits
+    params = tree.map(lambda p: p + rng.standard_normal(p.shape), params)
+    mean, images = rng.uniform(0.2, 0.8, 5), all_bits(5)
+    probs = np.exp(exact_log_evidence(params, images, mean))
+    assert np.sum(probs) == pytest.approx(1, rel=1e-12)
+    check_unbiased(generate(params["decoder"], mean, rng, 20_000), probs @ images)
+
+
+def test_score_second_layer_reads_bits_as_plus_and_minus_one():
+    params, x, mean = small_bernoulli_vae("linear_2", B=8)
+    bits = [b[:, None] for b in every_code(params)]
+    draw = lambda sign: lambda l, _: bits[l] if sign > 0 else 1 - bits[l]
+    up, down = (encode(params["encoder"], x - mean, draw(s), 32)[0][1] for s in (1, -1))
+    np.testing.assert_allclose(up + down, 2 * params["encoder"][1][0]["b"] + 0 * up, rtol=1e-12)
+
+
+def test_score_elbo_by_more_samples_has_less_noise():
+    params, x, mean = small_bernoulli_vae("linear_1", B=2)
+    rng = np.random.default_rng(13)
+    noise = [np.std([mean_elbo(params, x, mean, rng, k) for _ in range(200)]) for k in (1, 25)]
+    assert noise[0] / noise[1] == pytest.approx(5, rel=0.2)
+
+
+def test_score_running_mean_is_that_of_earlier_batches_and_forgets():
+    batches = np.random.default_rng(14).standard_normal((5, 2, 3))
+    state = running_mean_init()
+    for i, f in enumerate(batches):
+        signal, state = running_mean(state, None, f)
+        np.testing.assert_allclose(signal, f - np.mean(batches[:i]) if i else f)
+    state = {"t": 10_000, "mean": 1.0}
+    for _ in range(300):
+        _, state = running_mean(state, None, np.zeros((2, 3)))
+    assert state["mean"] == pytest.approx(np.exp(-3), rel=0.05)
+
+
+def test_score_nvil_learns_what_an_image_tells_of_its_value():
+    rng = np.random.default_rng(15)
+    state = nvil_init(rng, 5)
+    for _ in range(200):
+        x = rng.choice([-0.5, 0.5], (50, 5)).astype(np.float32)
+        f = -100 + 4 * x[:, 0] + rng.standard_normal((2, 50)).astype(np.float32)
+        signal, state = nvil(state, x, f)
+    assert np.mean(signal**2) < 2 < 4 < np.var(f)
+
+
+def test_score_training_step_hands_the_baseline_on():
+    params, x, mean = small_bernoulli_vae("linear_1")
+    optimizer = adam(1e-3)
+    state = {"params": params, "optimizer": optimizer.init(params)}
+    state["baseline"], rng = running_mean_init(), np.random.default_rng(16)
+    step = training_step(x, mean, optimizer, 4, running_mean, k=2)
+    elbos = []
+    for _ in range(3):
+        state, report = step(state, rng)
+        elbos.append(report["elbo"])
+    assert state["baseline"]["t"] == 3
+    assert state["baseline"]["mean"] == pytest.approx(np.mean(elbos))
+
+
 def test_score_published_models_have_the_published_sizes():
     rng, x = np.random.default_rng(0), np.zeros((2, 784), np.float32)
     mean = np.full(784, 0.1, np.float32)

@@ -1,8 +1,9 @@
-"""The runs of chapter 5: autoencoder and VAEs, and the VAE at several weights of the KL term.
+"""The runs of chapter 5: autoencoder and VAEs, weights of the KL term, convolutions, gaps.
 
-Images are flat rows. Likelihoods are in nats per image. The grey images of `digits` and `mnist` are
-binarised by a fresh draw for every training batch, and once, with a fixed seed, for evaluation;
-`binarized_mnist` is Larochelle's fixed binarisation. Batches are drawn with replacement.
+Images are flat rows, but (N, 1, H, W) where there are convolutions. Likelihoods are in nats per
+image. The grey images of `digits` and `mnist` are binarised by a fresh draw for every training
+batch, and once, with a fixed seed, for evaluation; `binarized_mnist` is Larochelle's fixed
+binarisation. Batches are drawn with replacement.
 """
 
 from functools import partial
@@ -14,21 +15,32 @@ from chapters.ch05_vae import (
     accuracy,
     aevb_step,
     autoencoder_objective,
+    bernoulli_log_lik,
+    best_in_family,
+    conv_decode,
+    conv_encode,
+    conv_vae_init,
     decode,
     describe_plane,
     elbo,
+    elbo_sampled,
     elbo_terms,
     encode,
+    gaussian_log_lik,
     kl_to_prior,
+    local_elbo,
+    log_likelihood,
+    normal_grid,
     sample_latent,
     share_recognised,
     train_classifier,
     vae_init,
 )
-from experiments.runner import Parts, Run
-from minigrad import random
+from experiments.runner import Parts, Run, chosen
+from minigrad import grad, random, stop_gradient, tree
 from minigrad.data import binarize
 from minigrad.optim import adam
+from minigrad.special import logsumexp, normal_log_prob
 
 SHOWN = 2000  # codes in a record
 SIDE = 16  # images along a side of the manifold
@@ -225,9 +237,296 @@ def planes(config, data, rng):
     return Parts(states, step, finish=finish)
 
 
+# Convolutions. Images stay (N, 1, H, W).
+
+
+def conv_start(config, data, rng):
+    """Parameters and optimiser for the convolutional model of a config."""
+    size = data.x_train.shape[-1]
+    params = conv_vae_init(rng, size, config["capacity"], config["depth"], config["latents"])
+    optimizer = adam(config["learning_rate"])
+    return {"params": params, "optimizer": optimizer.init(params)}, optimizer
+
+
+def conv_evaluation_images(data):
+    """`evaluation_images` as (N, 1, H, W)."""
+    images = evaluation_images(data)
+    return {part: x.reshape(-1, *data.x_test.shape[1:]) for part, x in images.items()}
+
+
+def in_parts(f, x, size=1000):
+    """`f` of a thousand images at a time, joined along the first axis."""
+    return np.concatenate([f(x[i : i + size]) for i in range(0, len(x), size)])
+
+
+def conv_elbo(params, x, log_lik, rng, draws=1):
+    """ELBO and KL term, averaged over images and draws: two numbers."""
+
+    def both(x):
+        d = params["encoder"]["loc"]["b"].size
+        found = [
+            elbo_terms(params, x, random.normal(rng, (len(x), d), x.dtype), conv_encode, log_lik)
+            for _ in range(draws)
+        ]
+        return np.mean(found, axis=0, dtype=np.float64).T
+
+    reconstruction, kl = in_parts(both, x).mean(0)
+    return reconstruction - kl, kl
+
+
+def conv_pictures(params, x, rng):
+    """As `pictures`, and the parameters: a dict of arrays."""
+    rows = np.linspace(0, len(x) - 1, 10).astype(int)
+    loc, _ = conv_encode(params["encoder"], x[rows])
+    z = random.normal(rng, (64, loc.shape[1]), x.dtype)
+    leaves = zip(tree.paths(params), tree.leaves(params))
+    return {
+        "samples": flat(bytes_of(expit(conv_decode(params["decoder"], z)))),
+        "originals": flat(bytes_of(x[rows])),
+        "reconstructions": flat(bytes_of(expit(conv_decode(params["decoder"], loc)))),
+        **{f"params/{path}": leaf for path, leaf in leaves},
+    }
+
+
+def gaps_by_sampling(params, x, config, rng):
+    """Estimates of log p(x), best and encoder's ELBO of each image, and the sample size: (n,) each.
+
+    The proposal is the best normal law; the sample size is the effective one, of
+    `importance_samples`.
+    """
+    decoder, shape = params["decoder"], (len(x), config["latents"])
+
+    def draw(n=8):
+        return random.normal(rng, (n, *shape), x.dtype), np.full(n, 1 / n, x.dtype)
+
+    q = conv_encode(params["encoder"], x)
+    best = best_in_family(decoder, q, x, draw, config["ascent_steps"], bernoulli_log_lik)
+    chunks = []
+    for _ in range(config["importance_samples"] // 50):
+        noise, weights = draw(50)
+        z = sample_latent(*best, noise)
+        log_joint = bernoulli_log_lik(decoder, z, x) + np.sum(normal_log_prob(z, 0.0, 1.0), axis=-1)
+        log_q = np.sum(normal_log_prob(z, best[0], np.exp(0.5 * best[1])), axis=-1)
+        encoder_elbo = local_elbo(decoder, q, x, noise, weights, bernoulli_log_lik)
+        best_elbo = local_elbo(decoder, best, x, noise, weights, bernoulli_log_lik)
+        chunks.append((log_joint - log_q, best_elbo, encoder_elbo))
+    log_w, best_elbo, encoder_elbo = zip(*chunks)
+    log_w = np.concatenate(log_w).astype(np.float64)
+    log_p = logsumexp(log_w, axis=0) - np.log(len(log_w))
+    size = np.exp(2 * logsumexp(log_w, axis=0) - logsumexp(2 * log_w, axis=0))
+    return log_p, np.mean(best_elbo, axis=0), np.mean(encoder_elbo, axis=0), size
+
+
+def conv_discrete(config, data, rng):
+    """Convolutional VAE of zeros and ones: ELBO, samples, parameters, its two gaps."""
+    state, optimizer = conv_start(config, data, rng)
+    images = conv_evaluation_images(data)
+    objective = partial(elbo, encode=conv_encode, log_lik=bernoulli_log_lik)
+
+    def evaluate(state, rng):
+        scalars = {}
+        for part, x in images.items():
+            bound, kl = conv_elbo(state["params"], x, bernoulli_log_lik, rng)
+            scalars |= {f"{part}_elbo": bound, f"{part}_kl": kl}
+        return scalars
+
+    def finish(state, rng):
+        scalars, arrays = {}, conv_pictures(state["params"], images["test"], rng)
+        names = "log_evidence", "best_elbo", "encoder_elbo", "sample_size"
+        for part, x in images.items():
+            x = x[chosen(len(x), config["gap_images"])]
+            found = gaps_by_sampling(state["params"], x, config, rng)
+            for name, values in zip(names, found):
+                arrays[f"{part}_{name}"] = values.astype(np.float32)
+                scalars[f"{part}_gaps_{name}"] = np.mean(values, dtype=np.float64)
+        return scalars, arrays
+
+    step = aevb_step(objective, optimizer, data.x_train, config["batch"], config["latents"])
+    return Parts(state, step, evaluate, finish)
+
+
+def encoder_variance(objective, params, x, noises):
+    """Sum over the encoder's parameters of the variance over noise of the gradient of a batch."""
+    gradient = grad(
+        lambda encoder, noise: np.mean(objective(params | {"encoder": encoder}, x, noise))
+    )
+    draws = [
+        np.concatenate([leaf.ravel() for leaf in tree.leaves(gradient(params["encoder"], noise))])
+        for noise in noises
+    ]
+    return np.sum(np.var(draws, axis=0, ddof=1, dtype=np.float64))
+
+
+def conv_gaussian(config, data, rng):
+    """Convolutional VAEs of grey images, pairwise alike but for the KL term's form: test ELBOs."""
+    model = {
+        "encode": conv_encode,
+        "log_lik": partial(gaussian_log_lik, scale=config["pixel_scale"]),
+    }
+    objectives = {
+        "closed": partial(elbo, **model),
+        "sampled": partial(elbo_sampled, **model),
+        "sampled_no_score": partial(elbo_sampled, hold=stop_gradient, **model),
+    }
+    trained = {name: objectives[name] for name in ("closed", "sampled")}
+    states, steps = {name: [] for name in trained}, {}
+    for _ in range(config["models"]):
+        state, optimizer = conv_start(config, data, rng)  # one start for both of a pair
+        for name in trained:
+            states[name].append(state)
+    for name, objective in trained.items():
+        steps[name] = aevb_step(
+            objective,
+            optimizer,
+            data.x_train,
+            config["batch"],
+            config["latents"],
+            draw=lambda images, _rng: images,
+        )
+
+    def step(states, rng):
+        seeds = rng.integers(2**63, size=config["models"])  # and one batch and noise at each step
+        return {
+            name: [
+                steps[name](state, np.random.default_rng(seed))[0]
+                for state, seed in zip(states[name], seeds)
+            ]
+            for name in states
+        }, {}
+
+    test = data.x_test
+
+    def bounds(states, rng, draws):
+        return {
+            name: np.array(
+                [conv_elbo(s["params"], test, model["log_lik"], rng, draws) for s in states[name]]
+            )
+            for name in trained
+        }
+
+    def evaluate(states, rng):
+        scalars = {}
+        for name, found in bounds(states, rng, draws=1).items():
+            scalars |= {
+                f"{name}_test_elbo": found[:, 0].mean(),
+                f"{name}_test_kl": found[:, 1].mean(),
+            }
+        params, x = states["closed"][0]["params"], data.x_train[: config["batch"]]
+        noises = random.normal(rng, (config["variance_draws"], len(x), config["latents"]), x.dtype)
+        for name, objective in objectives.items():
+            scalars[f"{name}_variance"] = encoder_variance(objective, params, x, noises)
+        return scalars
+
+    def finish(states, rng):
+        found = bounds(states, rng, config["test_draws"])
+        arrays = {f"{name}_test_elbo": bound[:, 0] for name, bound in found.items()}
+        return {}, arrays | conv_pictures(states["closed"][0]["params"], test, rng)
+
+    return Parts(states, step, evaluate, finish)
+
+
+# Gaps
+
+
+def log_evidence_by_quadrature(decoder, x, grid, size=2000):
+    """log p(x) of each image as by `log_evidence`, for many images and nodes: (n,)."""
+    parts = []
+    for i in range(0, len(grid[0]), size):
+        z, weights = (a[i : i + size] for a in grid)
+        a = decode(decoder, z[:, 0])
+        log_p = x @ a.T - np.sum(np.logaddexp(0, a), axis=1)  # Eq. (eq-vae-likelihood)
+        parts.append(logsumexp(log_p + np.log(weights), axis=1))
+    return logsumexp(np.array(parts), axis=0)
+
+
+def gaps_by_quadrature(params, x, config, rng):
+    """log p(x), best and encoder's ELBO of each image: (n,) each; and the two normal laws.
+
+    All in float64. Fresh draws guide the ascent, and quadrature gives the values.
+    """
+    decoder = params["decoder"]
+    z, weights = normal_grid(2, config["grid"])
+    near = np.max(np.abs(z[:, 0]), axis=1) < 6  # beyond, no code lies
+    log_p = log_evidence_by_quadrature(decoder, x, (z[near], weights[near]))
+    q = encode(params["encoder"], x)
+    n = config["ascent_draws"]
+    draw = lambda: (random.normal(rng, (n, len(x), 2)), np.full(n, 1 / n))
+    best = best_in_family(decoder, q, x, draw, config["ascent_steps"])
+    bounds = [local_elbo(decoder, law, x, *hermite(config["nodes"])) for law in (best, q)]
+    return (log_p, *bounds), {"best": best, "encoder": q}
+
+
+def gaps(config, data, rng):
+    """VAEs with two latents: the gap below log p(x), of training and test images, in two."""
+    n = config["models"]
+    states, step = side_by_side(config, data, rng, [elbo] * n)
+    images = evaluation_images(data)
+    images = {part: x[chosen(len(x), config["gap_images"])] for part, x in images.items()}
+
+    def evaluate(states, rng):
+        found = [evaluate_vae(images, state["params"], rng) for state in states]
+        return {key: np.mean([scalars[key] for scalars in found]) for key in found[0]}
+
+    def finish(states, rng):
+        arrays = {}
+        for part, x in images.items():
+            x = x.astype(np.float64)
+            found = []
+            for i, state in enumerate(states):
+                params = tree.map(lambda p: p.astype(np.float64), state["params"])
+                values, laws = gaps_by_quadrature(params, x, config, rng)
+                found.append(values)
+                if part == "test" and i == 0:
+                    arrays |= posteriors(params, x, values, laws)
+            arrays |= {
+                f"{part}_{name}": np.array(values).astype(np.float32)
+                for name, values in zip(("log_evidence", "best_elbo", "encoder_elbo"), zip(*found))
+            }
+        return {}, arrays
+
+    return Parts(states, step, evaluate, finish)
+
+
+def hermite(n):
+    """Gauss-Hermite nodes (n^2, 1, 2) and weights (n^2,) for two standard normal variables."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(n)
+    weights = weights / np.sum(weights)
+    plane = np.stack(np.meshgrid(nodes, nodes), axis=-1).reshape(-1, 1, 2)
+    return plane, np.outer(weights, weights).ravel()
+
+
+def posteriors(params, x, values, laws, n=121):
+    """The log-joint on a plane around q, for the images of median and largest gap: a dict."""
+    log_p, _, encoder_elbo = values
+    order = np.argsort(log_p - encoder_elbo)
+    rows = order[[len(order) // 2, -1]]
+    arrays = {"shown": flat(bytes_of(x[rows]))}
+    planes, extents = [], []
+    for row in rows:
+        (loc, log_var), (loc_q, log_var_q) = (
+            [a[row] for a in laws[k]] for k in ("best", "encoder")
+        )
+        reach = 3 * np.exp(0.5 * np.maximum(log_var, log_var_q)).max()
+        reach += 0.5 * np.abs(loc - loc_q).max()
+        middle = 0.5 * (loc + loc_q)
+        line = np.linspace(-reach, reach, n)
+        z = middle + np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 1, 2)
+        decoded = log_likelihood(params["decoder"], z, x[row : row + 1])[:, 0]
+        log_prior = np.sum(normal_log_prob(z[:, 0], 0.0, 1.0), axis=-1)
+        planes.append((decoded + log_prior - log_p[row]).reshape(n, n))
+        extents.append([middle[0] - reach, middle[0] + reach, middle[1] - reach, middle[1] + reach])
+    arrays |= {"log_posterior": np.float16(planes), "extent": np.array(extents)}
+    for name in ("best", "encoder"):
+        arrays[f"{name}_law"] = np.stack(
+            [a[rows] for a in laws[name]], axis=1
+        )  # (2, loc/log_var, 2)
+    return arrays
+
+
 SETTINGS = {"steps": 4000, "batch": 100, "learning_rate": 1e-3, "eval_every": 250}
 SMALL = {"hidden": [128, 64], "latents": 2, "classifier_hidden": 128, "classifier_steps": 1500}
 LARGE = {"hidden": [400, 200], "classifier_hidden": 400, "classifier_steps": 5000}
+CONV = {"capacity": 16, "depth": 3, "latents": 20}
 MNIST = {"steps": 10_000, "eval_every": 500}
 RUNS = {
     "vae2": Run(vae2, SETTINGS | SMALL, {"digits": {}, "mnist": MNIST | LARGE}),
@@ -244,5 +543,32 @@ RUNS = {
         | {"hidden": [128], "latents": 8, "betas": [0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 64.0]}
         | {"eval_every": 1000},
         {"digits": {}},
+    ),
+    "conv_discrete": Run(
+        conv_discrete,
+        SETTINGS | CONV | {"ascent_steps": 300, "importance_samples": 2000, "gap_images": 100},
+        {"digits": {}, "binarized_mnist": MNIST | {"steps": 12_000, "eval_every": 1000}},
+    ),
+    "conv_gaussian": Run(
+        conv_gaussian,
+        SETTINGS
+        | {"capacity": 8, "depth": 2, "latents": 10, "batch": 50, "models": 5, "steps": 1000}
+        | {"eval_every": 100, "pixel_scale": 0.1, "variance_draws": 30, "test_draws": 20},
+        {
+            "digits": {},
+            "mnist": MNIST
+            | CONV
+            | {"batch": 100, "models": 1, "test_draws": 5, "steps": 8_000, "eval_every": 1000},
+        },
+    ),
+    "gaps": Run(
+        gaps,
+        SETTINGS
+        | {"hidden": [128, 64], "latents": 2, "models": 3, "eval_every": 1000}
+        | {"gap_images": 297, "ascent_steps": 300, "ascent_draws": 16, "nodes": 16, "grid": 401},
+        {
+            "digits": {},
+            "mnist": MNIST | {"hidden": [400, 200], "models": 1, "gap_images": 100, "nodes": 12},
+        },
     ),
 }

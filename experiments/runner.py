@@ -156,6 +156,14 @@ def record_name(run, config):
     return "_".join([base, *parts])
 
 
+def chosen(size, n):
+    """Return which n of `size` images to evaluate on: all in order, or a random choice.
+
+    A test set may be sorted by digit; its first n images are not like the others.
+    """
+    return np.arange(size) if n >= size else np.random.default_rng(20091102).permutation(size)[:n]
+
+
 # Running
 
 

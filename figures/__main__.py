@@ -38,7 +38,7 @@ def draw(figure):
 
     if not figure.caption:
         raise ValueError("it has no docstring, whose first line is the caption")
-    module = importlib.import_module(f"chapters.{figure.path.stem}")
+    module = importlib.import_module(f"{figure.path.parent.name}.{figure.path.stem}")
     svg = BUILD / f"{figure.name}.svg"
     # a glyph that is missing, a layout that does not fit: matplotlib warns, a reader would frown
     with plt.style.context(["default", STYLE]), warnings.catch_warnings(), records.watch() as read:
@@ -80,8 +80,9 @@ def sources(path):
     """Return a key of all that a chapter's figures depend on, but for records."""
     chapters = find.dependencies(path, ROOT)
     folders = ROOT / "minigrad", ROOT / "figures"
+    beside = path.parent.glob("*.json")  # the reference run of the benchmarks
     versions = [version(package) for package in ("numpy", "scipy", "matplotlib")]
-    return "-".join([source_hash(*folders, STYLE, *chapters), *versions])
+    return "-".join([source_hash(*folders, STYLE, *chapters, *beside), *versions])
 
 
 def is_current(figure, key):

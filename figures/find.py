@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 __all__ = ["Figure", "dependencies", "figures"]
 
+BENCHMARKS = "benchmarks/plots.py"
+
 
 class Figure(NamedTuple):
-    """A function `figure_<name>` of the chapter at `path`; its docstring begins with `caption`."""
+    """A function `figure_<name>` of the module at `path`; its docstring begins with `caption`."""
 
     name: str
     path: Path
@@ -18,10 +20,12 @@ class Figure(NamedTuple):
 def figures(root):
     """Return the figures of the chapters below `root`, a dict by name in reading order.
 
+    Then those of the benchmarks.
+
     Raises ValueError where two have one name, as their files would.
     """
     found = {}
-    for path in sorted(Path(root).glob("chapters/ch*.py")):
+    for path in [*sorted(Path(root).glob("chapters/ch*.py")), *Path(root).glob(BENCHMARKS)]:
         for node in ast.parse(path.read_bytes(), str(path)).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("figure_"):
                 name = node.name.removeprefix("figure_")

@@ -5,21 +5,25 @@ import math
 import string
 
 import numpy as np
+from numpy.lib.array_utils import normalize_axis_index
 
 from minigrad.core import REDUCTIONS, TABLE, Tracer, plain, primitive, register
 from minigrad.elementwise import multiply, sqrt, where
+from minigrad.kernels.vq import add_rows
+
+SMALL = 1 << 13  # elements: below, copying them costs less than NumPy's making of a view
 
 # ---------------------------------------------------------------------------------- reductions
 
 
 def restore_axes(g, axis, keepdims):
     """Put back, with length 1, the axes that a reduction removed; a scalar broadcasts anyway."""
-    return g if keepdims or axis is None else np.expand_dims(g, axis)
+    return g if keepdims or axis is None else expand_dims(g, axis)
 
 
 def _sum_rule(ans, x, axis=None, keepdims=False):
-    shape = np.shape(x)
-    return lambda g: np.broadcast_to(restore_axes(g, axis, keepdims), shape)
+    shape = x.shape
+    return lambda g: _broadcast_to(restore_axes(g, axis, keepdims), shape=shape)
 
 
 _sum = primitive(np.add.reduce, _sum_rule, name="sum")
@@ -33,11 +37,13 @@ def sum(x, axis=None, keepdims=False):
 
 def _axes(axis, ndim):
     """Return `axis` (an int, a tuple, or None for all) as a tuple."""
-    return tuple(range(ndim)) if axis is None else tuple(np.atleast_1d(axis).tolist())
+    if axis is None:
+        return tuple(range(ndim))
+    return (axis,) if type(axis) is int else tuple(np.atleast_1d(axis).tolist())
 
 
 def _count(x, axis):
-    return math.prod(x.shape[a] for a in _axes(axis, x.ndim))
+    return x.size if axis is None else math.prod([x.shape[a] for a in _axes(axis, x.ndim)])
 
 
 @register(np.mean)
@@ -116,23 +122,60 @@ def cumsum(x, axis=None):
 # ------------------------------------------------------------------------------------ products
 
 
+def _array(x):
+    return x if type(x) is Tracer else np.asarray(x)
+
+
 def _matmul_rule_x(ans, x, y):
-    if np.ndim(y) == 1:
-        return lambda g: g * y if np.ndim(g) == 0 else np.expand_dims(g, -1) * y
-    if np.ndim(x) == 1:
+    y = _array(y)
+    if y.ndim == 1:
+        return lambda g: g * y if g.ndim == 0 else np.expand_dims(g, -1) * y
+    if x.ndim == 1:
         return lambda g: np.matmul(y, np.expand_dims(g, -1))[..., 0]
+    if y.ndim == 2:
+        return lambda g: rows_times_matrix(g, y.T)
     return lambda g: np.matmul(g, np.swapaxes(y, -1, -2))
 
 
 def _matmul_rule_y(ans, x, y):
-    if np.ndim(x) == 1:
-        return lambda g: g * x if np.ndim(g) == 0 else np.expand_dims(g, -2) * x[:, None]
-    if np.ndim(y) == 1:
-        return lambda g: np.sum(np.expand_dims(g, -1) * x, axis=tuple(range(np.ndim(x) - 1)))
+    x = _array(x)
+    if x.ndim == 1:
+        return lambda g: g * x if g.ndim == 0 else np.expand_dims(g, -2) * x[:, None]
+    if y.ndim == 1:
+        return lambda g: np.sum(np.expand_dims(g, -1) * x, axis=tuple(range(x.ndim - 1)))
+    if y.ndim == 2:
+        return lambda g: rows_by_rows(x, g)
     return lambda g: np.matmul(np.swapaxes(x, -1, -2), g)
 
 
 matmul = primitive(np.matmul, _matmul_rule_x, _matmul_rule_y)
+
+
+# NumPy calls BLAS once for each matrix of a stack. Where a stack meets a matrix, all its rows make
+# one product; it and the product of transposed rows by rows are each other's derivatives.
+
+
+def _rows(x):
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _rows_times_matrix(x, w):
+    y = np.matmul(_rows(x), w)
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], w.shape[1])
+
+
+rows_times_matrix = primitive(
+    _rows_times_matrix,
+    lambda ans, x, w: lambda g: rows_times_matrix(g, w.T),
+    lambda ans, x, w: lambda g: rows_by_rows(x, g),
+    name="rows_times_matrix",
+)
+rows_by_rows = primitive(
+    lambda x, y: np.matmul(_rows(x).T, _rows(y)),
+    lambda ans, x, y: lambda g: rows_times_matrix(y, g.T),
+    lambda ans, x, y: lambda g: rows_times_matrix(x, g),
+    name="rows_by_rows",
+)
 
 
 @register(np.tensordot)
@@ -243,8 +286,8 @@ def _explicit(subscripts, operands):
 
 
 def _reshape_rule(ans, x, shape):
-    old = np.shape(x)
-    return lambda g: np.reshape(g, old)
+    old = x.shape
+    return lambda g: g.reshape(old)
 
 
 _reshape = primitive(np.reshape, _reshape_rule, name="reshape")
@@ -257,7 +300,8 @@ def reshape(x, shape):
 
 
 def _transpose_rule(ans, x, axes=None):
-    return lambda g: np.transpose(g, None if axes is None else np.argsort(axes))
+    inverse = None if axes is None else sorted(range(len(axes)), key=axes.__getitem__)
+    return lambda g: np.transpose(g, inverse)
 
 
 _transpose = primitive(np.transpose, _transpose_rule, name="transpose")
@@ -272,7 +316,7 @@ def transpose(x, axes=None):
 @register(np.swapaxes)
 def swapaxes(x, axis1, axis2):
     """Return `x` with two axes exchanged."""
-    axes = list(range(np.ndim(x)))
+    axes = list(range(_array(x).ndim))
     axes[axis1], axes[axis2] = axes[axis2], axes[axis1]
     return transpose(x, axes)
 
@@ -293,7 +337,12 @@ def moveaxis(x, source, destination):
 @register(np.expand_dims)
 def expand_dims(x, axis):
     """Return `x` with axes of length 1 inserted at the positions `axis` of the result."""
-    shape = np.expand_dims(np.broadcast_to(0, np.shape(x)), axis).shape
+    shape, axes = list(x.shape), _axes(axis, 0)
+    axes = [normalize_axis_index(a, len(shape) + len(axes)) for a in axes]
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"expand_dims: repeated axis in {axis}")
+    for a in sorted(axes):
+        shape.insert(a, 1)
     return reshape(x, shape)
 
 
@@ -309,7 +358,15 @@ def ravel(x):
     return reshape(x, -1)
 
 
-_broadcast_to = primitive(np.broadcast_to, lambda ans, x, shape: lambda g: g, name="broadcast_to")
+def _stretched(x, shape):
+    if math.prod(shape) > SMALL:
+        return np.broadcast_to(x, shape)  # a view
+    out = np.empty(shape, x.dtype)  # a copy, in a third of the time
+    out[...] = x
+    return out
+
+
+_broadcast_to = primitive(_stretched, lambda ans, x, shape: lambda g: g, name="broadcast_to")
 
 
 @register(np.broadcast_to)
@@ -340,10 +397,18 @@ def concatenate(arrays, axis=0):
     return _concatenate(*arrays, axis=axis)
 
 
+def _stack_rule(i, ans, *arrays, axis):
+    here = (slice(None),) * (axis % ans.ndim) + (i,)
+    return lambda g: g[here]
+
+
+_stack = primitive(lambda *arrays, axis: np.stack(arrays, axis), variadic=_stack_rule, name="stack")
+
+
 @register(np.stack)
 def stack(arrays, axis=0):
     """Return the arrays, all of one shape, joined along a new axis."""
-    return concatenate([expand_dims(a, axis) for a in arrays], axis)
+    return _stack(*arrays, axis=axis)
 
 
 @register(np.split)
@@ -436,8 +501,12 @@ def _getitem_rule(ans, x, index):
 def _scatter(g, index, shape):
     """Return zeros of `shape` with `g` added at `index`: the adjoint of indexing."""
     out = np.zeros(shape, g.dtype)
+    rows = index[0] if type(index) is tuple and len(index) == 1 else index
     if _is_basic(index):
         out[index] = g
+    elif type(rows) is np.ndarray and rows.dtype.kind in "iu":
+        n, d = len(out), math.prod(shape[1:])
+        add_rows(out.reshape(n, d), rows.reshape(rows.size), g.reshape(rows.size, d))
     else:
         np.add.at(out, index, g)
     return out

@@ -12,6 +12,7 @@ is all there is to gradients of gradients. Levels come from one ever-growing cou
 needs restoring when a trace fails, and a tracer that outlived its transform is only a constant.
 """
 
+import inspect
 import itertools
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -154,8 +155,13 @@ def primitive(f, *rules, name=None, variadic=None, once=False):
     second derivative then raises NotImplementedError instead of being silently zero.
     """
     name = name or f.__name__
+    fast = None
+    if 1 <= len(rules) <= 2 and all(rules) and not once:
+        fast = (_unary if len(rules) == 1 else _binary)(f, *rules, name)
 
     def op(*args, **kwargs):
+        if fast and len(args) == len(rules):
+            return fast(*args, **kwargs)
         # The highest level among the arguments, and their values as seen from below it.
         level = 0
         for a in args:
@@ -189,8 +195,8 @@ def primitive(f, *rules, name=None, variadic=None, once=False):
             _refuse_nan(ans, f"the forward pass of {name}", values)
         return Tracer(ans, level, new_node(name, ans, edges))
 
-    if isinstance(f, np.ufunc) and f.nin <= 2:
-        op = (_unary if f.nin == 1 else _binary)(f, *rules, name)
+    if fast and _arity(f) == len(rules):
+        op = fast
     op.__name__ = op.__qualname__ = name
     op.__doc__ = f"Differentiable; for what it computes see {name} in NumPy or SciPy."
     if isinstance(f, np.ufunc):
@@ -199,18 +205,26 @@ def primitive(f, *rules, name=None, variadic=None, once=False):
     return op
 
 
+def _arity(f):
+    """Return how many arguments `f` takes by position, or None where that is not fixed."""
+    if isinstance(f, np.ufunc):
+        return f.nin
+    code = getattr(f, "__code__", None)
+    return code.co_argcount if code and not code.co_flags & inspect.CO_VARARGS else None
+
+
 def _unary(f, rule, name):
     """Return what `primitive` makes of a function of one array, without loops: half the time."""
 
-    def op(x):
+    def op(x, **kwargs):
         if type(x) is not Tracer:
-            return f(x)
+            return f(x, **kwargs)
         value = x.value
-        ans = op(value)
-        edges = ((x.node, rule(ans, value)),)
+        ans = op(value, **kwargs) if type(value) is Tracer else f(value, **kwargs)
+        edges = ((x.node, rule(ans, value, **kwargs)),)
         if _nan_check.get():
             _refuse_nan(ans, f"the forward pass of {name}", [value])
-        return Tracer(ans, x.level, (new_serial(), edges, ans.shape, ans.dtype, name))
+        return Tracer(ans, x.level, new_node(name, ans, edges))
 
     return op
 
@@ -218,21 +232,22 @@ def _unary(f, rule, name):
 def _binary(f, left, right, name):
     """Return what `primitive` makes of a function of two arrays, without loops."""
 
-    def op(x, y):
+    def op(x, y, **kwargs):
         level_x = x.level if type(x) is Tracer else 0
         level_y = y.level if type(y) is Tracer else 0
         level = level_x if level_x > level_y else level_y
         if not level:
-            return f(x, y)
+            return f(x, y, **kwargs)
         u = x.value if level_x == level else x
         v = y.value if level_y == level else y
-        ans = op(u, v)
-        edges = ((x.node, left(ans, u, v)),) if level_x == level else ()
+        nested = type(u) is Tracer or type(v) is Tracer
+        ans = op(u, v, **kwargs) if nested else f(u, v, **kwargs)
+        edges = ((x.node, left(ans, u, v, **kwargs)),) if level_x == level else ()
         if level_y == level:
-            edges += ((y.node, right(ans, u, v)),)
+            edges += ((y.node, right(ans, u, v, **kwargs)),)
         if _nan_check.get():
             _refuse_nan(ans, f"the forward pass of {name}", [u, v])
-        return Tracer(ans, level, (new_serial(), edges, ans.shape, ans.dtype, name))
+        return Tracer(ans, level, new_node(name, ans, edges))
 
     return op
 
@@ -253,7 +268,7 @@ def constant(f):
     """Register `f` as a function whose result is a plain array: its derivative is 0 or none."""
 
     def op(*args, **kwargs):
-        return f(*(plain(a) for a in args), **kwargs)
+        return f(*[a if type(a) is not Tracer else plain(a) for a in args], **kwargs)
 
     TABLE[f] = op
     return op
@@ -276,18 +291,15 @@ def backward(node, cotangent):
     A node may be visited only when all that depends on it has been visited. Serial numbers tell
     the order in which the function ran, so taking the newest first, from a heap, is such an order.
     """
-    leaves = {}
     cotangents = {node[0]: cotangent}
-    heap = [node]
+    heap = [node] if node[1] else []
     check = _nan_check.get()
     while heap:
         serial, edges, _, _, name = heappop(heap)
         g = cotangents.pop(serial)
-        if not edges:
-            leaves[serial] = g
         for parent, pull in edges:
             c = pull(g)
-            key, _, shape, dtype, _ = parent
+            key, grandparents, shape, dtype, _ = parent
             try:
                 fits = c.shape == shape and c.dtype is dtype
             except AttributeError:  # a rule returned a Python number
@@ -297,11 +309,13 @@ def backward(node, cotangent):
             if check:
                 _refuse_nan(c, f"the backward pass of {name}", (g,))
             if key in cotangents:
-                cotangents[key] = cotangents[key] + c
+                # `pop` leaves the old sum to NumPy alone, which then may write the new one into it.
+                cotangents[key] = cotangents.pop(key) + c
             else:
                 cotangents[key] = c
-                heappush(heap, parent)
-    return leaves
+                if grandparents:
+                    heappush(heap, parent)
+    return cotangents  # what was not popped: those of the leaves
 
 
 def _fit(c, shape, dtype):

@@ -44,8 +44,8 @@ def _optimizer(moments, rule, learning_rate):
     """Make an optimiser of a rule for one array.
 
     The state is {"step": 0-d int64 array, and one tree like the params for each name in `moments`}.
-    `rule(t, rate)` is called once per step, t = 1, 2, ..., and returns the function
-    `(p, g, *moments) -> (new p, *new moments)`.
+    `rule(t, rate, size)` is called once per step, t = 1, 2, ..., for that many parameters, and
+    returns the function `(p, g, *moments) -> (new p, *new moments)`.
     """
 
     def init(params):
@@ -66,7 +66,7 @@ def _optimizer(moments, rule, learning_rate):
         taken = int(state["step"])
         rate = learning_rate(taken) if callable(learning_rate) else learning_rate
         # A Python float takes part in the arithmetic of float32 without making it float64.
-        step = rule(taken + 1, float(rate))
+        step = rule(taken + 1, float(rate), sum([p.size for p in leaves]))
         rows = [step(*row) for row in zip(*columns)]
         new, *new_moments = (
             tree.unflatten(treedef, [row[i] for row in rows]) for i in range(len(columns) - 1)
@@ -116,14 +116,14 @@ def sgd(learning_rate, momentum=0.0):
     """
     _refuse_unless(0 <= momentum < 1, "sgd", "momentum in [0, 1)", momentum)
 
-    def plain_rule(_t, rate):
+    def plain_rule(_t, rate, _size):
         def step(p, g):
             work = np.multiply(g, rate, out=np.empty_like(p))
             return (np.subtract(p, work, out=work),)
 
         return step
 
-    def momentum_rule(_t, rate):
+    def momentum_rule(_t, rate, _size):
         def step(p, g, v):
             v = np.multiply(v, momentum, out=np.empty_like(v))
             v += g
@@ -146,7 +146,7 @@ def rmsprop(learning_rate, decay=0.9, eps=1e-8):
     _refuse_unless(0 <= decay < 1, "rmsprop", "decay in [0, 1)", decay)
     _refuse_unless(eps > 0, "rmsprop", "eps > 0", eps)
 
-    def rule(_t, rate):
+    def rule(_t, rate, _size):
         def step(p, g, v):
             work = np.multiply(g, g, out=np.empty_like(p))
             work *= 1 - decay
@@ -173,12 +173,12 @@ def adam(learning_rate, b1=0.9, b2=0.999, eps=1e-8):
     _refuse_unless(0 <= b1 < 1 and 0 <= b2 < 1, "adam", "b1 and b2 in [0, 1)", (b1, b2))
     _refuse_unless(eps > 0, "adam", "eps > 0", eps)
 
-    def rule(t, rate):
+    def rule(t, rate, size):
         # The bias corrections are taken out of the loop over elements: with c = sqrt(1 - b2^t),
         # m_hat / (sqrt(v_hat) + eps) = c / (1 - b1^t) * m / (sqrt(v) + c eps).
         c = math.sqrt(1 - b2**t)
         corrected = rate * c / (1 - b1**t)
-        return lambda p, g, m, v: adam_step(p, g, m, v, b1, b2, corrected, c * eps)
+        return lambda p, g, m, v: adam_step(p, g, m, v, b1, b2, corrected, c * eps, size)
 
     return _optimizer(("m", "v"), rule, learning_rate)
 

@@ -40,9 +40,14 @@ _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 # ----------------------------------------------------------------------------- sigmoid and logs
 
-# 1 - expit(x) = expit(-x), without cancellation.
-expit = primitive(transcendental.expit, lambda ans, x: lambda g: g * ans * expit(-x))
+expit = primitive(transcendental.expit, lambda ans, x: lambda g: _expit_dx(x, g))
 register(sc.expit)(expit)
+# s (1 - s) has the derivative s (1 - s) (1 - 2 s), and 2 s - 1 = tanh(x / 2).
+_expit_dx = primitive(
+    fused.expit_dx,
+    lambda ans, x, g: lambda h: -h * ans * np.tanh(0.5 * x),
+    lambda ans, x, g: lambda h: _expit_dx(x, h),
+)
 logit = primitive(sc.logit, lambda ans, x: lambda g: g / (x * (1 - x)))
 
 
@@ -190,22 +195,25 @@ gammainc = primitive(
     lambda ans, a, x: lambda g: g * _gammainc_da(a, x),
     lambda ans, a, x: lambda g: g * _gamma_pdf(a, x),
 )
+# digamma(a + b) - digamma(a) without cancellation for b much smaller than a.
+_digamma_rise = primitive(
+    _kernel("digamma_rise"),
+    lambda ans, a, b: lambda g: g * (polygamma(1, a + b) - polygamma(1, a)),
+    lambda ans, a, b: lambda g: g * polygamma(1, a + b),
+    name="digamma_rise",
+)
 _betainc_da = primitive(
     _kernel("betainc_da"),
     None,
     None,
-    lambda ans, a, b, x: (
-        lambda g: g * _beta_pdf(a, b, x) * (np.log(x) - digamma(a) + digamma(a + b))
-    ),
+    lambda ans, a, b, x: lambda g: g * _beta_pdf(a, b, x) * (np.log(x) + _digamma_rise(a, b)),
     name="betainc_da",
 )
 _betainc_db = primitive(
     _kernel("betainc_db"),
     None,
     None,
-    lambda ans, a, b, x: (
-        lambda g: g * _beta_pdf(a, b, x) * (np.log1p(-x) - digamma(b) + digamma(a + b))
-    ),
+    lambda ans, a, b, x: lambda g: g * _beta_pdf(a, b, x) * (np.log1p(-x) + _digamma_rise(b, a)),
     name="betainc_db",
 )
 betainc = primitive(
@@ -257,19 +265,16 @@ def normal_log_prob(x, loc, scale):
     return _normal_log_prob(x, loc, scale)
 
 
-def _bernoulli_rule_logits(ans, logits, x):
-    def pull(g):
-        if _all_plain(logits, x, g):
-            return fused.bernoulli_log_prob_dlogits(logits, x, g)
-        return g * (x - expit(logits))
-
-    return pull
-
-
 _bernoulli_log_prob = primitive(
     fused.bernoulli_log_prob,
-    _bernoulli_rule_logits,
+    lambda ans, logits, x: lambda g: _bernoulli_dlogits(logits, x, g),
     lambda ans, logits, x: lambda g: g * logits,
+)
+_bernoulli_dlogits = primitive(
+    fused.bernoulli_log_prob_dlogits,
+    lambda ans, logits, x, g: lambda h: _expit_dx(logits, -h * g),
+    lambda ans, logits, x, g: lambda h: h * g,
+    lambda ans, logits, x, g: lambda h: _bernoulli_dlogits(logits, x, h),
 )
 
 

@@ -327,6 +327,19 @@ def test_a_figure_is_drawn_anew_when_the_style_changes(tmp_path, monkeypatch):
     assert driver.sources.__wrapped__(chapter) != before
 
 
+def test_the_figures_of_the_benchmarks_follow_their_reference_run(tmp_path, monkeypatch):
+    assert list(find.figures(ROOT))[-2:] == ["benchmarks", "scaling"]
+    for folder in ("minigrad", "figures", "benchmarks"):
+        (tmp_path / folder).mkdir()
+    plots = shutil.copy(ROOT / find.BENCHMARKS, tmp_path / "benchmarks")
+    monkeypatch.setattr(driver, "ROOT", tmp_path)
+    keys = set()
+    for content in ("{}", "[]"):
+        (tmp_path / "benchmarks" / "reference.json").write_text(content)
+        keys.add(driver.sources.__wrapped__(Path(plots)))
+    assert len(keys) == 2
+
+
 def test_a_figure_that_makes_matplotlib_warn_fails(tmp_path, monkeypatch):
     def figure_boxes():
         fig, ax = plt.subplots()
@@ -338,7 +351,7 @@ def test_a_figure_that_makes_matplotlib_warn_fails(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(driver, "BUILD", tmp_path)
     with pytest.raises(UserWarning, match="[Gg]lyph"):
-        driver.draw(find.Figure("boxes", Path("ch99_stub.py"), "Boxes."))
+        driver.draw(find.Figure("boxes", Path("chapters/ch99_stub.py"), "Boxes."))
 
 
 def test_dependencies_include_the_packages_that_an_import_runs():

@@ -1,5 +1,6 @@
 """How kernels are loaded, cached and spread over threads."""
 
+import json
 import os
 import subprocess
 import sys
@@ -103,6 +104,77 @@ print(sum(fast.correlate.stats.cache_hits.values()))
     assert [_run(program, **environment) for _ in range(2)] == ["0", "1"]
     indices = list(tmp_path.rglob("*correlate*.nbi"))
     assert indices and all(f"numba-{source_hash()}" in str(path) for path in indices)
+
+
+def test_caches_of_old_sources_are_deleted_but_for_the_newest(tmp_path):
+    pytest.importorskip("numba")
+    folders = [tmp_path / "minigrad" / f"numba-{i:012d}" for i in range(12)]
+    for age, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        (folder / "kernel.nbi").touch()
+        os.utime(folder, (1e9 - age, 1e9 - age))
+    other = tmp_path / "minigrad" / "data"
+    other.mkdir()
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    environment |= {"LOCALAPPDATA": str(tmp_path), "MINIGRAD_KERNELS": "numba"}
+    _run("compiled.load('vq_numba')", NUMBA_CACHE_DIR=str(tmp_path), **environment)
+    assert [folder.exists() for folder in folders] == [True] * 8 + [False] * 4
+    assert other.exists()
+
+
+EVERY_KERNEL = """
+import json
+from minigrad.kernels import adam, fused, pixelcnn, sampling, transcendental, vq
+
+results = []
+for dtype in np.float32, np.float64:
+    rng = np.random.default_rng(1)
+    normal = lambda *shape: rng.standard_normal(shape).astype(dtype)
+    images, weights = normal(2, 12, 6, 5), normal(10, 12, 3, 3)
+    g = conv.conv2d(images, weights, 1, 1)
+    some = np.arange(9).reshape(3, 3) < 4
+    layers = [
+        pixelcnn.Layer(normal(10, 1, 3, 3), normal(10), some),
+        pixelcnn.Layer(normal(1, 10, 1, 1), normal(1), np.ones((1, 1), bool), relu=False),
+    ]
+    a, b, u = normal(65, 64), normal(65, 64), rng.random((2, 1, 4, 5))
+    bits, label = (a > 0).astype(dtype), rng.integers(0, 9, 65)
+    results += [
+        g,
+        conv.conv2d(images, weights, 1, 1, taps=some),
+        conv.conv2d_dx(g, weights, images.shape, 1, 1),
+        conv.conv2d_dw(g, images, weights.shape, 1, 1),
+        *pixelcnn.sample(layers, u),
+        *(f(np.abs(a)) for f in (transcendental.exp, transcendental.log, transcendental.tanh)),
+        *(f(a) for f in (transcendental.expit, transcendental.softplus, fused.log_softmax)),
+        *(fused.expit_dx(a, b), fused.log_softmax_dx(a, b), fused.bernoulli_log_prob(a, bits)),
+        fused.bernoulli_log_prob_dlogits(a, bits, b),
+        sampling.bernoulli(np.random.default_rng(2), a),
+        sampling.bernoulli(np.random.default_rng(2), probs=np.abs(np.tanh(a))),
+        sampling.categorical(np.random.default_rng(2), a),
+        sampling.logistic(np.random.default_rng(2), a.shape, dtype),
+        *(sampling.gumbel_max(a, b), sampling.concrete(a, b, 0.5)),
+        *(sampling.binary_concrete(a, b, 0.5), sampling.conditional_logistic(a, bits, b)),
+        *(vq.nearest(a, b), *vq.code_sums(label, a, 9)),
+        *adam.adam(a, b, b, np.abs(b), 0.9, 0.99, 0.1, 1e-8),
+    ]
+print(json.dumps([np.asarray(r, float).ravel()[:500].tolist() for r in results]))
+"""
+
+
+def test_every_kernel_gives_the_same_compiled_on_numpy_without_numba_and_uncompiled():
+    missing = "sys.modules['numba'] = None" + EVERY_KERNEL
+    outputs = [
+        _run(EVERY_KERNEL, MINIGRAD_KERNELS="numba", NUMBA_DISABLE_JIT="0"),
+        _run(EVERY_KERNEL, MINIGRAD_KERNELS="numpy"),
+        _run(missing, MINIGRAD_KERNELS=""),
+        _run(EVERY_KERNEL, MINIGRAD_KERNELS="numba", NUMBA_DISABLE_JIT="1"),
+    ]
+    first, *others = map(json.loads, outputs)
+    for other in others:
+        assert len(other) == len(first) > 50
+        for a, b in zip(first, other):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6 * max(1, np.max(np.abs(a))))
 
 
 def test_njit_compiles_nothing_before_the_first_call_and_keeps_nan():

@@ -7,7 +7,7 @@ from minigrad import grad, hvp, special
 from minigrad.check import check_grads
 from minigrad.kernels import compiled, fused, transcendental
 
-SHAPES = [(5000,), (70, 71), (3, 40, 50), (9, 1000), (4100, 1), (2, 3)]
+SHAPES = [(5000,), (70, 71), (3, 40, 50), (9, 1000), (4100, 1), (2, 3), (300, 500)]
 LAYOUTS = {"contiguous": np.ascontiguousarray, "fortran": np.asfortranarray}
 
 
@@ -23,8 +23,12 @@ def _cases(rng, shape, dtype):
     g = rng.standard_normal(shape).astype(dtype)
     one = np.broadcast_to(dtype(-0.7), shape)
     return {
-        "bernoulli_log_prob": [(logits, x)],
-        "bernoulli_log_prob_dlogits": [(logits, x, g), (logits, x, one)],
+        "expit_dx": [(logits, g), (logits, one)],
+        "bernoulli_log_prob": [(logits, x), (logits[0], x), (logits, x[-1])],
+        "bernoulli_log_prob_dlogits": [
+            *((logits, x, g), (logits, x, one)),
+            *((logits[0], x, g), (logits, x[-1], g), (logits, x[-1], one)),
+        ],
         "log_softmax": [(logits,)],
         "log_softmax_dx": [(fused.log_softmax(logits), g), (fused.log_softmax(logits), one)],
     }
@@ -41,7 +45,7 @@ def test_fused_loops_agree_with_their_twins(monkeypatch, shape, dtype, layout):
             # The twin in float64 is the oracle; rounding goes with the size of a row's sum.
             exact = _twin(monkeypatch, getattr(fused, name), *(a.astype(float) for a in args))
             eps = np.finfo(dtype).eps
-            size = max(1, np.max(np.abs(np.sum(args[-1], axis=-1)))) if "_dx" in name else 1
+            size = max(1, np.max(np.abs(np.sum(args[-1], axis=-1)))) if "softmax" in name else 1
             assert got.dtype == dtype and got.shape == shape
             np.testing.assert_allclose(got, exact, rtol=8 * eps, atol=60 * eps * size)
 
@@ -54,6 +58,7 @@ def test_fused_loops_pass_nan_and_infinities_on(monkeypatch, dtype):
     ones = np.ones_like(x)
     with np.errstate(invalid="ignore", over="ignore"):
         for name, args in {
+            "expit_dx": (x, ones),
             "bernoulli_log_prob": (x, ones),
             "bernoulli_log_prob_dlogits": (x, ones, x),
             "log_softmax": (x,),
@@ -121,8 +126,9 @@ def test_loops_agree_with_plain_python():
     one, rate = np.ones(1, np.float32), np.float32(2)
     rows, columns = np.empty(12, np.int64), np.empty_like(flat)
     cases = {
-        "bernoulli_log_prob": [flat, b.ravel(), columns],
-        "bernoulli_log_prob_dlogits": [flat, b.ravel(), one, columns],
+        "expit_dx": [flat, noise, columns],
+        "bernoulli_log_prob": [flat, b.ravel()[:21], columns],
+        "bernoulli_log_prob_dlogits": [flat[:12], b.ravel(), one, columns],
         "log_softmax_dx": [np.ascontiguousarray(transcendental.tanh(x)), n, work],
         "concrete": [x, n, rate, np.empty_like(x), work],
         "logistic": [words[0].ravel(), words[1].ravel(), columns],

@@ -254,6 +254,21 @@ def test_conditional_gumbel_is_the_law_of_z_given_its_argmax():
 # -------------------------------------------------------------------------------------- threads
 
 
+def test_no_draw_is_shared_between_the_blocks_of_the_threads():
+    n, k = 8 * sampling.BLOCK, 8
+    rng = np.random.default_rng(3)
+    logits = np.zeros((n // k, k), np.float32)
+    draws = {
+        "bernoulli": sampling.bernoulli(rng, np.zeros(n, np.float32)) - 0.5,
+        "logistic": sampling.logistic(rng, (n,), np.float32),
+        "categorical": sampling.categorical(rng, logits) - (k - 1) / 2,
+    }
+    for name, values in draws.items():
+        blocks = values.reshape(8, -1)
+        correlation = np.corrcoef(blocks)[np.triu_indices(8, 1)]
+        assert np.max(np.abs(correlation)) < 5 / np.sqrt(blocks.shape[1]), name
+
+
 def test_draws_are_the_same_at_any_number_of_threads():
     loops = compiled.load("transcendental_numba")
     if loops is None or not hasattr(loops.exp, "py_func"):

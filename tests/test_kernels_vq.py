@@ -50,7 +50,7 @@ def test_nearest_refuses_shapes_and_does_not_depend_on_threads():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_code_sums_add_in_the_order_of_the_rows(monkeypatch, dtype):
     rng = np.random.default_rng(2)
-    x, indices = rng.standard_normal((500, 7)).astype(dtype), rng.integers(0, 40, 500)
+    x, indices = rng.standard_normal((800, 7)).astype(dtype), rng.integers(0, 40, 800)
     counts, sums = code_sums(indices, x, 50)
     expected = np.zeros((50, 7), dtype)
     for i, row in zip(indices, x):

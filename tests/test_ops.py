@@ -14,6 +14,7 @@ import scipy.special as sc
 
 from minigrad import grad, linalg, special, tree, vjp
 from minigrad.check import check_grads
+from minigrad.core import PRIMITIVES
 
 REAL, POSITIVE, UNIT = (-2.0, 2.0), (0.3, 3.0), (0.1, 0.9)
 UNARY_SHAPES = [(), (0,), (2, 3)]
@@ -112,6 +113,11 @@ CASES = {
     "log_ndtr": elementwise(special.log_ndtr, REAL) + elementwise(sc.log_ndtr, (-30.0, -20.0)),
     "normal_log_prob": elementwise(special.normal_log_prob, REAL, REAL, POSITIVE),
     "bernoulli_log_prob": elementwise(special.bernoulli_log_prob, REAL, UNIT),
+    "digamma_rise": elementwise(PRIMITIVES["digamma_rise"], POSITIVE, POSITIVE),
+    "bernoulli_log_prob_dlogits": elementwise(
+        PRIMITIVES["bernoulli_log_prob_dlogits"], REAL, UNIT, REAL
+    ),
+    "expit_dx": elementwise(PRIMITIVES["expit_dx"], REAL, REAL),
     "sum": axes(np.sum) + axes(lambda x, **k: x.sum(**k)) + [(np.add.reduce, (np.ones((2, 3)),))],
     "mean": axes(np.mean)[:-2] + axes(lambda x, **k: x.mean(**k))[:-2],
     "var": axes(np.var)[:-2] + array(lambda x: np.var(x, axis=1, ddof=1), (2, 3)),
@@ -125,6 +131,7 @@ CASES = {
     + array(np.matmul, (3,), (3, 4))
     + array(np.matmul, (2, 3), (3,))
     + array(np.matmul, (5, 2, 3), (3,))
+    + array(np.matmul, (5, 2, 3), (3, 4))
     + array(np.matmul, (3,), (5, 3, 2))
     + array(np.matmul, (5, 1, 2, 3), (4, 3, 2))
     + array(np.matmul, (0, 3), (3, 2))
@@ -267,7 +274,8 @@ def test_every_primitive_and_every_dispatching_function_has_a_case():
         "print(*sorted(set(PRIMITIVES) | {f.__name__ for f in TABLE if f not in constants}))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    elsewhere = {"affine", "conv2d", "conv2d_dx", "conv2d_dw"}  # tests/test_nn.py
+    elsewhere = {"affine", "conv2d", "conv2d_dx", "conv2d_dw", "add_bias"}  # tests/test_nn.py
+    elsewhere |= {"rows_times_matrix", "rows_by_rows"}  # those of matmul and affine
     elsewhere |= {"gamma_sample", "beta_sample"}  # tests/test_random.py
     missing = set(out.stdout.split()) - set(CASES) - set(IN_X) - elsewhere
     assert not missing, f"no derivative check for {sorted(missing)}"
@@ -473,3 +481,27 @@ def test_the_gradient_of_cholesky_is_symmetric():
     v += v.T
     slope = (np.linalg.cholesky(a + h * v) - np.linalg.cholesky(a - h * v)) / (2 * h)
     np.testing.assert_allclose(np.vdot(g, v), np.vdot(u, slope), rtol=1e-8)
+
+
+def test_products_with_lists_are_differentiable():
+    check_grads(lambda x: np.matmul([[1.0, 2.0]], np.matmul(x, [[1.0], [2.0]])), (np.ones((2, 2)),))
+    check_grads(lambda x: np.matmul([1.0, 2.0], np.matmul(x, [1.0, 2.0])), (np.ones((2, 2)),))
+
+
+@pytest.mark.parametrize("index", [[3, -1, 3], ([3, -1, 3],), ([[0, 1], [1, 1]],)], ids=str)
+def test_rows_that_are_taken_often_add_up_their_cotangents(index):
+    # Few rows go to np.add.at, many to a kernel.
+    index = tuple(map(np.array, index)) if isinstance(index, tuple) else np.array(index)
+    for columns in (3, 5000):
+        x = np.random.default_rng(0).standard_normal((5, columns)).astype(np.float32)
+        g = np.random.default_rng(1).standard_normal(x[index].shape).astype(np.float32)
+        expected = np.zeros_like(x)
+        np.add.at(expected, index, g)
+        np.testing.assert_array_equal(vjp(lambda x: x[index], x)[1](g)[0], expected)
+
+
+def test_mixed_derivative_of_betainc_keeps_its_digits_where_b_is_small():
+    # 50 digits of pdf(x) (log x + digamma(a + b) - digamma(a)); both terms are about 1e-9.
+    mixed = grad(grad(special.betainc), argnums=2)
+    a, b, x = 50.0, 1e-8, 1 - 2.0**-30
+    assert mixed(a, b, x) == pytest.approx(-7.8308967312802629527e-9, rel=1e-13)

@@ -13,15 +13,17 @@ from minigrad.kernels import compiled
 SMALL = 1 << 12
 
 
-def adam(p, g, m, v, b1, b2, rate, eps):
+def adam(p, g, m, v, b1, b2, rate, eps, size=None):
     r"""Return the new p, m and v, from four arrays of one shape and dtype, as new arrays.
+
+    `size` is that of all the arrays of the same step, where there are more.
 
     $m \leftarrow \beta_1 m + (1 - \beta_1) g$, $v \leftarrow \beta_2 v + (1 - \beta_2) g^2$,
     $p \leftarrow p - \alpha m / (\sqrt v + \epsilon)$, with the bias corrections of Kingma and Ba
     (2015) in `rate` and `eps`.
     """
     fast = None
-    if p.size >= SMALL and p.dtype.itemsize in (4, 8):
+    if (size or p.size) >= SMALL and p.dtype.itemsize in (4, 8):
         fast = compiled.load("adam_numba")
     if fast is None:
         return _twin(p, g, m, v, b1, b2, rate, eps)

@@ -38,9 +38,11 @@ MINIGRAD_KERNELS=numpy, or a missing Numba, runs everything on the twins. NUMBA_
 the loops of the kernels uncompiled.
 """
 
+import contextlib
 import functools
 import importlib
 import os
+import shutil
 import sys
 import threading
 import warnings
@@ -52,6 +54,8 @@ from threadpoolctl import ThreadpoolController
 from minigrad.source import source_hash
 
 __all__ = ["load", "njit", "parallel", "threads"]
+
+KEPT_CACHES = 8  # beside that of the present source
 
 
 @functools.cache
@@ -94,7 +98,9 @@ def njit(kernel=None, *, noalias=False):
     if noalias:
         options["pipeline_class"] = _no_alias_compiler()
     before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(_cache_folder(before))
+    folder = _cache_folder(before)
+    _prune(folder)
+    numba.config.CACHE_DIR = str(folder)
     try:
         return numba.njit(kernel, cache=True, **options)
     except RuntimeError:  # neither that folder nor Numba's own ones can be written to
@@ -128,6 +134,17 @@ def _cache_folder(chosen):
 
 
 _source_hash = functools.cache(source_hash)
+
+
+@functools.cache
+def _prune(folder):
+    """Delete the caches of other sources, but for the newest: each edit of a file leaves one."""
+    with contextlib.suppress(OSError):  # another process may be doing the same
+        others = [other for other in folder.parent.glob("numba-*") if other != folder]
+        others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
+        for other in others[KEPT_CACHES:]:
+            shutil.rmtree(other, ignore_errors=True)
+
 
 # ------------------------------------------------------------------------------------- threads
 

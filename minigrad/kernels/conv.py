@@ -304,9 +304,9 @@ def _geometry(name, x_shape, w_shape, stride, padding, dilation, g_shape=None):
             f"{name}: x {tuple(x_shape)} has {x_shape[1]} channels, but w {tuple(w_shape)} takes "
             f"{w_shape[1]}; x is (N, C, H, W), w is (F, C, K, L)"
         )
-    stride = _pair(name, "stride", stride, 1)
-    padding = _pair(name, "padding", padding, 0)
-    dilation = _pair(name, "dilation", dilation, 1)
+    stride = pair(name, "stride", stride, 1)
+    padding = pair(name, "padding", padding, 0)
+    dilation = pair(name, "dilation", dilation, 1)
     spans = [d * (size - 1) + 1 for d, size in zip(dilation, w_shape[2:])]
     padded = [size + 2 * p for p, size in zip(padding, x_shape[2:])]
     if min(w_shape[2:]) < 1 or padded[0] < spans[0] or padded[1] < spans[1]:
@@ -326,7 +326,7 @@ def _geometry(name, x_shape, w_shape, stride, padding, dilation, g_shape=None):
     return stride, padding, dilation, out_shape
 
 
-def _pair(name, setting, value, least):
+def pair(name, setting, value, least):
     """Return an int or a pair of ints as a pair, each at least `least`."""
     try:
         pair = tuple(map(operator.index, value if np.iterable(value) else (value, value)))

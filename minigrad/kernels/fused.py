@@ -1,7 +1,8 @@
 """Log-densities and their derivatives in one pass over memory, for float32 arrays.
 
 NumPy reads and writes an array for each operation of a formula; the loops do it once for all, and
-their exponentials are vectorised. Other dtypes, shapes that broadcast and small arrays go to NumPy.
+their exponentials are vectorised. Other dtypes and small arrays go to NumPy, and so do shapes that
+broadcast, unless all that one array lacks is leading axes.
 """
 
 import numpy as np
@@ -12,22 +13,42 @@ from minigrad.kernels.transcendental import expit, loops, softplus, spread
 ROWS = 1 << 14
 
 
+def expit_dx(x, g):
+    r"""Return $g\, \sigma(x) (1 - \sigma(x))$, the pull-back of $g$ through $\sigma(x)$."""
+    fast = loops(x, g)
+    if fast is None:
+        e = np.exp(-np.abs(x))
+        return g * (e / ((1 + e) * (1 + e)))
+    return spread(fast.expit_dx, np.empty(x.shape, x.dtype), x, g)
+
+
 def bernoulli_log_prob(logits, x):
     r"""Return $x a - \log(1 + e^a)$ elementwise, for logits $a$."""
-    fast = loops(logits, x)
+    larger = _larger(logits, x)
+    fast = None if larger is None else loops(larger)
     if fast is None:
         return x * logits - softplus(logits)
-    return spread(fast.bernoulli_log_prob, np.empty(x.shape, x.dtype), logits, x)
+    return spread(fast.bernoulli_log_prob, np.empty(larger.shape, larger.dtype), logits, x)
 
 
 def bernoulli_log_prob_dlogits(logits, x, g):
     r"""Return $g (x - \sigma(a))$, the pull-back of the cotangent $g$ to the logits $a$."""
-    fast = loops(logits, x, g)
+    larger = _larger(logits, x)
+    fast = None if larger is None else loops(larger, g)
     if fast is None:
         return g * (x - expit(logits))
     if not any(g.strides):  # the cotangent of a sum: one number, broadcast
         g = g[(slice(1),) * g.ndim].reshape(1)
-    return spread(fast.bernoulli_log_prob_dlogits, np.empty(x.shape, x.dtype), logits, x, g)
+    out = np.empty(larger.shape, larger.dtype)
+    return spread(fast.bernoulli_log_prob_dlogits, out, logits, x, g)
+
+
+def _larger(a, b):
+    """Return the larger of two arrays of one dtype where the other has its last axes, else None."""
+    if not type(a) is type(b) is np.ndarray or a.dtype != b.dtype or not (a.ndim and b.ndim):
+        return None
+    larger, other = (a, b) if a.ndim >= b.ndim else (b, a)
+    return larger if larger.shape[larger.ndim - other.ndim :] == other.shape else None
 
 
 def log_softmax(x, axis=-1):

@@ -157,7 +157,7 @@ def _dlogit_da(a, b, x, y):
 
 def _dlogit_da_lower(a, b, x, _y):
     # Termwise ∫_0^x of t^{a-1} (1-t)^{b-1} (log t - c), powers of t; term n = 0 as for gamma.
-    start = np.log(x) + _digamma_rise(a, b)
+    start = np.log(x) + digamma_rise(a, b)
     total = (np.log(x) - digamma(a + 1) + digamma(a + b)) / a
     power = np.ones_like(x)
     for n in range(1, BETA_TERMS):
@@ -168,7 +168,7 @@ def _dlogit_da_lower(a, b, x, _y):
 
 def _dlogit_da_upper(a, b, x, y):
     # Termwise ∫_x^1 of the same in powers of 1 - t: t^{a-1} = Σ power, t^{a-1} log t = Σ log_power.
-    minus_c = _digamma_rise(a, b)
+    minus_c = digamma_rise(a, b)
     total = minus_c / b
     power, log_power = np.ones_like(x), np.zeros_like(x)
     for n in range(1, BETA_TERMS):
@@ -179,7 +179,7 @@ def _dlogit_da_upper(a, b, x, y):
 
 
 def _dlogit_da_quadrature(a, b, x, y):
-    minus_c = _digamma_rise(a, b)
+    minus_c = digamma_rise(a, b)
     return _tail_integral(
         lambda s: (a + b) * np.log1p(x * np.expm1(s)) - a * s,
         lambda s: (a + b) * x / (x + y * np.exp(-s)) - a,
@@ -189,7 +189,7 @@ def _dlogit_da_quadrature(a, b, x, y):
     )
 
 
-def _digamma_rise(a, b):
+def digamma_rise(a, b):
     """ψ(a + b) - ψ(a), accurate also for b much smaller than a."""
     total = sum(b / ((a + k) * (a + b + k)) for k in range(10))
     a = a + 10  # from here Stirling's series, differenced term by term

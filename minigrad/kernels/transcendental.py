@@ -7,6 +7,8 @@ size and every 4099th elsewhere, where they are constant or linear. NaN and infi
 as in NumPy, but without floating-point warnings. Other dtypes and small arrays go to NumPy.
 """
 
+import math
+
 import numpy as np
 import scipy.special as sc
 
@@ -53,27 +55,29 @@ def loops(*arrays):
 
 
 def spread(kernel, out, *inputs):
-    """Run `kernel(*inputs, out)` on contiguous arrays of one shape, flattened; return `out`.
+    """Run `kernel(*inputs, out)` on contiguous arrays, flattened; return `out`.
 
-    In blocks, where they are many. Inputs of another shape go to each call as they are.
+    In blocks, where they are many. Inputs smaller than `out` go to each call as they are; a block
+    is a multiple of their sizes.
     """
-    inputs = [np.ascontiguousarray(a) for a in inputs]
-    flat = [a.reshape(-1) if a.shape == out.shape else a for a in inputs]
+    flat = [np.ascontiguousarray(a).reshape(-1) for a in inputs]
     to = out.reshape(-1)
-
-    def work(start):
-        part = slice(start, start + BLOCK)
-        kernel(*(a[part] if a.size == to.size else a for a in flat), to[part])
-
     if to.size < 2 * BLOCK:
         kernel(*flat, to)
-    else:
-        compiled.parallel(work, range(0, to.size, BLOCK))
+        return out
+    repeated = math.lcm(*(a.size for a in flat if a.size < to.size))
+    step = -(-BLOCK // repeated) * repeated
+
+    def work(start):
+        part = slice(start, start + step)
+        kernel(*(a[part] if a.size == to.size else a for a in flat), to[part])
+
+    compiled.parallel(work, range(0, to.size, step))
     return out
 
 
 def _apply(name, twin, x):
-    fast = loops(x)
+    fast = loops(x) if type(x) is np.ndarray and x.size >= SMALL else None
     if fast is None:
         return twin(x)
     return spread(getattr(fast, name), np.empty(x.shape, np.float32), x)

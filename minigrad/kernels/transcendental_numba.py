@@ -168,27 +168,48 @@ def softplus(x, out):
 
 
 @njit
-def bernoulli_log_prob(logits, x, out):
-    for i in range(logits.size):
-        v = logits[i]
-        y = x[i] * v - _softplus(v, _exp_neg_abs(v))
+def expit_dx(x, g, out):
+    for i in range(x.size):
+        v = x[i]
+        e = _exp_neg_abs(v)
+        y = g[i] * (e / ((ONE + e) * (ONE + e)))
         out[i] = y if v == v else v
 
 
 @njit
+def bernoulli_log_prob(logits, x, out):
+    """out (N,); logits and x (N,), or one of them a part of it that is to be repeated."""
+    n = min(logits.size, x.size)
+    for start in range(0, out.size, n):
+        a = logits[start : start + n] if logits.size > n else logits
+        b = x[start : start + n] if x.size > n else x
+        y = out[start : start + n]
+        for i in range(n):
+            v = a[i]
+            w = b[i] * v - _softplus(v, _exp_neg_abs(v))
+            y[i] = w if v == v else v
+
+
+@njit
 def bernoulli_log_prob_dlogits(logits, x, g, out):
-    """g (N,), or (1,) for one cotangent of all elements."""
-    if g.size == 1:
-        scale = g[0]
-        for i in range(logits.size):
-            v = logits[i]
-            y = scale * (x[i] - _expit(v))
-            out[i] = y if v == v else v
-    else:
-        for i in range(logits.size):
-            v = logits[i]
-            y = g[i] * (x[i] - _expit(v))
-            out[i] = y if v == v else v
+    """The same for g (x - expit(logits)); g (N,), or (1,) for one cotangent of all elements."""
+    n = min(logits.size, x.size)
+    for start in range(0, out.size, n):
+        a = logits[start : start + n] if logits.size > n else logits
+        b = x[start : start + n] if x.size > n else x
+        c = g[start : start + n] if g.size > 1 else g
+        y = out[start : start + n]
+        scale = c[0]
+        if g.size == 1:
+            for i in range(n):
+                v = a[i]
+                w = scale * (b[i] - _expit(v))
+                y[i] = w if v == v else v
+        else:
+            for i in range(n):
+                v = a[i]
+                w = c[i] * (b[i] - _expit(v))
+                y[i] = w if v == v else v
 
 
 # ------------------------------------------------------------------ along rows, arrays (N, K)
