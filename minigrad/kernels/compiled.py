@@ -213,7 +213,7 @@ def _let_blas_rest():
     """Have OpenBLAS's idle threads sleep after 0.4 ms instead of spinning for 27 ms.
 
     While they spin, a kernel after a matrix product has to share the cores with them: a product
-    and a convolution by turns took 1.22 times as long as both alone, and 1.03 times after this.
+    and a convolution by turns took 1.4 to 1.5 times as long as both alone, and 1.0 after this.
     OpenBLAS reads the time when it starts its threads, so they are ended, as a fork would do too,
     and start anew with the next product. That must not happen under a product in another thread:
     where there is one, or the user has set a time, nothing is done.
