@@ -680,8 +680,10 @@ def test_sivi_naive_bound_drives_the_mixing_law_onto_its_argmax(record):
 # {cite}`bliss1953fitting`. The counts scatter more than Poisson counts would, hence a negative
 # binomial law with vague priors,
 #
-# $$ p(x_i \mid r, p) = \frac{\Gamma(r + x_i)}{x_i!\, \Gamma(r)}\, p^{x_i} (1 - p)^r , \qquad
+# $$ \begin{gathered}
+#    p(x_i \mid r, p) = \frac{\Gamma(r + x_i)}{x_i!\, \Gamma(r)}\, p^{x_i} (1 - p)^r , \\
 #    r \sim \mathrm{Gamma}(a_0, a_0), \quad p \sim \mathrm{Beta}(a_0, a_0), \quad a_0 = 0.01 .
+#    \end{gathered}
 # $$ (eq-sivi-counts)
 #
 # The paper mixes a log-normal law of $r$ and a logit-normal law of $p$. That is the sampler
