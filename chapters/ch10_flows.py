@@ -1525,9 +1525,9 @@ def figure_warped_grids():
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(2, 3, figsize=(6.4, 4.4))
-    for seed, (ax, (name, flow)) in enumerate(zip(axes.flat, FAMILIES.items())):
+    for seed, (ax, (name, flow)) in zip((0, 1, 2, 3, 4, 8), zip(axes.flat, FAMILIES.items())):
         rng = np.random.default_rng(seed)
-        params = shaken(flow.init(rng, 2), rng, by=0.9 if "inverse" in name else 0.3)
+        params = shaken(flow.init(rng, 2), rng, by=0.5 if "inverse" in name else 0.3)
         if name == "planar":
             params = {"u": np.array([-0.6, 1.5]), "w": np.array([1.8, 0.5]), "b": np.array(0.3)}
         if name == "radial":

@@ -530,3 +530,11 @@ def test_a_scalar_that_is_not_finite_at_the_end_leaves_no_record(tmp_path, at_th
     with pytest.raises(FloatingPointError, match="after the last step: bad not finite"):
         runner.execute(runs["late"], runner.configure(runs, "late"), tmp_path, progress=False)
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_images_to_evaluate_on_are_a_fixed_random_choice():
+    assert runner.chosen(5, 5).tolist() == runner.chosen(5, 9).tolist() == [0, 1, 2, 3, 4]
+    few = runner.chosen(10_000, 200)
+    assert len(set(few.tolist())) == 200 and few.tolist() == runner.chosen(10_000, 200).tolist()
+    # A test set sorted by digit: each tenth of it must be there, not the first alone.
+    assert np.min(np.bincount(few // 1000, minlength=10)) >= 8
