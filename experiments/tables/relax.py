@@ -127,8 +127,8 @@ def cell(data, model, method, published):
 
 TABLE = Table(
     "Discrete autoencoders by five estimators",
-    "Published: Grathwohl et al. (2018), table 1, highest training ELBO after 2,000,000 steps, read "
-    "in the paper's source; its Concrete, NVIL and MuProp columns are those of Tucker et al. "
+    "Published: Grathwohl et al. (2018), table 1, highest training ELBO after 2,000,000 steps, "
+    "read in the paper's source; its Concrete, NVIL and MuProp columns are those of Tucker et al. "
     "(2017).",
     [
         cell(data, model, method, value)
@@ -136,15 +136,15 @@ TABLE = Table(
         for method, value in zip(METHODS, values)
     ],
     {
-        "a": "The paper prints -102.2, -101.5 and -101.1 (Omniglot: -110.4, -109.58, -108.72) under "
-        "Concrete, NVIL and MuProp. Its history shows that a column was put in front of these "
-        "without moving them: they belong to NVIL, MuProp and the REBAR of Tucker et al., and stand "
-        "there here. The true Concrete cells are not verified, so not printed.",
-        "b": "The paper prints these beside note a's, as REBAR and RELAX of the same model. The code "
-        "gave the decoder hidden layers of 784 units, a decoder of six times the size that the "
-        "text says, so that they are another model's.",
-        "c": "Omniglot redrawn from its strokes: not the file of the publications, so that only the "
-        "differences between columns can be compared.",
+        "a": "The paper prints -102.2, -101.5 and -101.1 (Omniglot: -110.4, -109.58, -108.72) "
+        "under Concrete, NVIL and MuProp. Its history shows that a column was put in front of "
+        "these without moving them: they belong to NVIL, MuProp and the REBAR of Tucker et al., "
+        "and stand there here. The true Concrete cells are not verified, so not printed.",
+        "b": "The paper prints these beside note a's, as REBAR and RELAX of the same model. The "
+        "code gave the decoder hidden layers of 784 units, a decoder of six times the size that "
+        "the text says, so that they are another model's.",
+        "c": "Omniglot redrawn from its strokes: not the file of the publications, so that only "
+        "the differences between columns can be compared.",
     },
     {"training ELBO": "elbo"},
 )
