@@ -88,7 +88,7 @@ RUNS = {
     "discrete_vae": Run(
         discrete_vae,
         SETTINGS,
-        {"binarized_mnist": {}, "omniglot": {}, "mnist": {}, "fashion_mnist": {}},
+        {"binarized_mnist": {}, "omniglot": {}},
     )
 }
 
