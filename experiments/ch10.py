@@ -205,9 +205,12 @@ def flow_vae(config, data, rng):
             params = state["params"]
             for M, x in {1000: many, 10_000: few}.items():
                 generator = np.random.default_rng(FIXED)
-                found = [iwae_bound(w) for w in in_parts(params, x, generator, M, d)]
-                arrays[f"{name}_{M}"] = np.concatenate(found).astype(np.float32)
-                scalars[f"bound_{M}_{name}"] = np.mean(np.concatenate(found))
+                found = np.concatenate(
+                    [iwae_bound(w) for w in in_parts(params, x, generator, M, d)]
+                )
+                arrays[f"{name}_{M}"] = found.astype(np.float32)
+                scalars[f"bound_{M}_{name}"] = np.mean(found)
+                scalars[f"bound_{M}_{name}_se"] = np.std(found, ddof=1) / np.sqrt(len(found))
             noise = random.normal(rng, (len(many), d), many.dtype)
             terms = flow_posterior(params["encoder"], many, noise)[2]
             arrays[f"{name}_rates"] = np.mean(terms, axis=0, dtype=np.float64)
