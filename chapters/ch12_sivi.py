@@ -29,6 +29,7 @@
 # | $u$ | standard normal noise of the conditional law | (S, D) |
 # | $\psi$ | mixing variable; here the location of the conditional law | (S, D) |
 # | $\psi^{(0)}$, $\psi^{(k)}$ | the one that made $z$, and the $k$-th extra one | (D,) |
+# | $T_\phi$ | mixing network, from $\varepsilon$ to $\psi$ | to (S, D) |
 # | $q_\phi(\psi)$ | mixing law, known by its samples $\psi = T_\phi(\varepsilon)$ only | () |
 # | $q(z \mid \psi)$ | conditional law, a density one can write down | () |
 # | $h(z)$ | the approximate posterior, $\mathbb{E}_{q_\phi(\psi)}[q(z \mid \psi)]$ | () |
@@ -45,10 +46,14 @@
 # | $\sigma$ | scale, a standard deviation, of the conditional law | (D,) |
 # | $\tau$ | standard deviation of a normal mixing law | () |
 # | $w_{sk}$ | share of component $k$ in the mixture at the $s$-th sample | (S, K+1) |
+# | $d_{sk}$ | gradient of $\log q(z_s \mid \psi_{sk})$ in $\psi_{sk}$ | (D,) |
+# | $g_s$ | gradient of the $s$-th term of the estimate in $z_s$ | (D,) |
 # | $x_i$, $N$ | mites on leaf $i$, number of leaves | () each |
 # | $r$, $p$ | size and probability of the negative binomial law | () each |
+# | $a_0$ | the number in all four places of its priors, 0.01 | () |
 # | $\ell$ | auxiliary count of the Gibbs sampler | () |
 # | $\beta$ | coefficients of a logistic regression | (D,) |
+# | $X_i$, $y_i$ | covariates of row $i$, a 1 in front; its label, 0 or 1 | (D,); () |
 
 # %% [markdown]
 # ## Derivation
@@ -58,9 +63,9 @@
 # Chapter 2 found what independence costs: where the posterior is normal and two latents have the
 # correlation $\rho$, the best product $q(z_1)\, q(z_2)$ misses $-\frac12 \log(1 - \rho^2)$ nats,
 # and its standard deviations are too small by the factor $\sqrt{1 - \rho^2}$. The main example of
-# this chapter has $\rho = -0.93$: one nat, and deviations a third of what they should be
-# ({numref}`fig-red-mites`). A normal $q$ with a full covariance (Chapter 4) would mend most
-# of this. It would not bend, and it would not split in two.
+# this chapter has $\rho = -0.93$ in the coordinates that are fitted: one nat, and deviations a
+# third of what they should be ({numref}`fig-red-mites`). A normal $q$ with a full covariance
+# (Chapter 4) would mend most of this. It would not bend, and it would not split in two.
 #
 # ### A mixture of a continuum
 #
@@ -171,15 +176,16 @@
 #
 # *Proof.* **1.** For $K = 0$ the mixture is the component. For $K \ge 1$, $B_K = 0$ forces $q(\cdot
 # \mid \psi^{(j)}) = \tilde h_K$ for all $j$, almost surely, by {eq}`eq-sivi-entropies`. Then two
-# independent draws give the same density almost surely, so the density is a constant. The converse
-# is plain.
+# independent draws of $\psi$ name the same density almost surely, so almost all $\psi$ name one and
+# the same. The converse is plain.
 #
 # **2.** $\tilde h_{K+1}$ is the average of the $K + 2$ mixtures that leave one of its components
 # out. Entropy is concave, so $H(\tilde h_{K+1})$ is at least the average of their entropies, and
 # each has the mean $\mathbb{E}[H(\tilde h_K)]$.
 #
 # **3.** Given the $\psi$'s, the average of divergences in {eq}`eq-sivi-entropies` is the mutual
-# information of $z$ and the index of its component, and no index out of $K + 1$ carries more than
+# information of $z$ and the index of its component (as in {eq}`eq-sivi-information`, with a uniform
+# index in the place of $\psi$), and no index out of $K + 1$ carries more than
 # $\log(K + 1)$ nats. And $\mathbb{E}[H(\tilde h_K)] \le H(\mathbb{E}[\tilde h_K]) = H(h)$, again
 # because entropy is concave; so $B_K \le H(h) - \mathbb{E}[H(q(z \mid \psi))] = I(z; \psi)$.
 #
@@ -212,7 +218,8 @@
 #
 # ### How many samples
 #
-# By 3, nothing below $K = e^{I(z; \psi)} - 1$ can close the gap. By 4, a few times $\chi^2$ will.
+# By part 3 of the theorem, nothing below $K = e^{I(z; \psi)} - 1$ can close the gap. By part 4, a
+# few times $\chi^2$ will.
 # For a normal law mixed over its location both are closed forms. With $q(z \mid \psi) =
 # N(\psi, \sigma^2)$ and $\psi \sim N(0, \tau^2)$ in each of $D$ independent coordinates, $h$ is
 # $N(0, \sigma^2 + \tau^2)$ in each, and (exercise 2)
@@ -223,7 +230,7 @@
 #
 # So some $e^I$ samples are needed, and a few times $e^{2I}$ suffice
 # ({numref}`fig-surrogate-bound`). That is nothing at $I = 1.5$ nats: with $K = 20$ the bound on the
-# gap is $\log(1 + 19/21) = 0.65$, and the gap itself is 0.14 to 0.23, more in more dimensions. It
+# gap is $\log(1 + 19/21) = 0.65$, and the gap itself is 0.15 in one dimension and 0.22 in eight. It
 # is hopeless where many coordinates must each be resolved finely. The way out is a conditional law
 # that is as wide as the posterior permits, so that little is left to mix.
 
@@ -265,6 +272,7 @@
 # %%
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -353,6 +361,7 @@ def surrogate_by_hand(score, params, noise):
 # %%
 from chapters.ch03_score_function import network, network_init
 from minigrad import grad, random, special, tree, value_and_grad
+from minigrad.optim import sgd
 from minigrad.train import descent
 
 
@@ -448,6 +457,52 @@ def test_sivi_gradient_by_hand_is_that_of_minigrad(record):
             worst = max(worst, np.max(np.abs(a - b)))
     record("largest difference of the two gradients", worst, limit=1e-12)
     assert worst < 1e-12
+
+
+def test_sivi_step_climbs_the_surrogate_of_its_own_noise():
+    params, _ = small_problem(5)
+    for learn_scale in (False, True):
+        for S, K in ((5, 3), (4, 0)):
+            state, step = sivi_step(quadratic, params, sgd(0.1), S, K, learn_scale)
+            noise = draw_noise(np.random.default_rng(7), params, S, K)
+            new, metrics = step(state, np.random.default_rng(7))
+            score = grad(lambda z: np.sum(quadratic(z)))
+            up = surrogate_by_hand(score, params, noise)
+            moved_to = tree.map(lambda a, b: a + 0.1 * b, params, up)
+            if not learn_scale:
+                del moved_to["log_scale"]
+            assert new["params"].keys() == moved_to.keys()
+            for a, b in zip(tree.leaves(new["params"]), tree.leaves(moved_to)):
+                np.testing.assert_allclose(a, b, rtol=1e-10)
+            assert metrics["loss"] == pytest.approx(-surrogate(quadratic, params, noise))
+
+
+def test_sivi_noise_is_standard_and_its_three_parts_are_independent():
+    params = sivi_init(np.random.default_rng(0), [3, 5, 2], -0.4)
+    assert params["mixing"][1]["w"].shape == (5, 2) and params["log_scale"].dtype == np.float32
+    np.testing.assert_allclose(params["log_scale"], [-0.4, -0.4], rtol=1e-6)
+    n = 20_000
+    parts = draw_noise(np.random.default_rng(1), params, n, n)
+    assert [a.shape for a in parts] == [(n, 3), (n, 3), (n, 2)]
+    assert {a.dtype for a in parts} == {np.dtype(np.float32)}
+    assert [len(a) for a in draw_noise(np.random.default_rng(1), params, 6, 4)] == [6, 4, 6]
+    moments = np.cov(np.concatenate(parts, axis=1).T.astype(np.float64))
+    assert np.max(np.abs(moments - np.eye(8))) < 4.5 * math.sqrt(2 / n)
+    numbers = np.concatenate([a.ravel() for a in small_problem(9, S=50, K=40)[1]])
+    assert len(np.unique(numbers)) == len(numbers) == 50 * 3 + 40 * 3 + 50 * 2  # none used twice
+
+
+def test_sivi_samples_have_the_moments_of_their_law():
+    params, _ = small_problem(6)
+    n, layer = 20_000, params["mixing"][0]
+    psi, z = sample(tree.map(lambda a: a.astype(np.float32), params), np.random.default_rng(2), n)
+    assert psi.shape == z.shape == (n, 2) and psi.dtype == z.dtype == np.float64
+    mixing, kernel = layer["w"].T @ layer["w"], np.diag(np.exp(2 * params["log_scale"]))
+    blocks = np.block([[mixing, np.zeros((2, 2))], [np.zeros((2, 2)), kernel]])
+    found = np.cov(np.concatenate([psi, z - psi], axis=1).T)
+    sd = np.sqrt(np.diag(blocks))
+    assert np.max(np.abs(found - blocks) / np.outer(sd, sd)) < 4.5 * math.sqrt(2 / n)
+    assert np.max(np.abs(psi.mean(0) - layer["b"]) / sd[:2]) < 4.5 / math.sqrt(n)
 
 
 # %% [markdown]
@@ -551,11 +606,11 @@ def test_sivi_gap_of_the_normal_case_lies_within_its_bounds(record):
     rng = np.random.default_rng(1)
     for D in (1, 8):
         for K in (5, 20, 100):
-            gaps = normal_gaps(1.5, D, K, rng, 4000)
+            gaps = normal_gaps(1.5, D, K, rng, 20_000 if K == 20 else 4000)
             error = gaps.std() / math.sqrt(len(gaps))
             bound = math.log1p(math.expm1(3.0) / (K + 1))
             if K == 20:
-                assert 0.13 < gaps.mean() < 0.24
+                assert gaps.mean() == pytest.approx({1: 0.15, 8: 0.224}[D], abs=0.015)
                 record(f"gap at K = 20, D = {D}, nats", gaps.mean())
                 record(f"its bound, D = {D}, nats", bound)
             assert max(0.0, 1.5 - math.log(K + 1)) < gaps.mean() + 4 * error
@@ -870,6 +925,26 @@ def test_sivi_counts_joint_density_is_that_of_the_distributions():
     np.testing.assert_allclose(log_kernel(z, psi, np.log(scale)), paper + factor, rtol=1e-10)
 
 
+def test_sivi_tables_are_averages_of_kernels():
+    rng, log_scale = np.random.default_rng(14), np.log([0.3, 0.7])
+    for axes in ((np.linspace(-5, 5, 81),), (np.linspace(-4, 4, 61), np.linspace(-6, 6, 71))):
+        D = len(axes)
+        psi = rng.standard_normal((5, D))
+        table = mixture_table(psi, log_scale[:D], axes)
+        kernels = np.exp(log_kernel(mesh(axes)[..., None, :], psi, log_scale[:D]))
+        np.testing.assert_allclose(table, kernels.mean(-1), rtol=1e-10)
+
+
+def test_sivi_divergence_and_contours_of_a_table_are_those_of_the_normal_law():
+    axes = np.linspace(-9, 9, 181), np.linspace(-12, 12, 201)
+    log_q = log_kernel(mesh(axes), np.array([0.5, -1.0]), np.log([1.0, 1.5]))
+    log_p = lambda z: log_kernel(z, np.zeros(2), np.log([2.0, 2.0]))
+    exact = sum(math.log(2 / s) + (s**2 + m**2) / 8 - 0.5 for s, m in ((1.0, 0.5), (1.5, 1.0)))
+    assert divergence_on_grid(np.exp(log_q), log_p, axes) == pytest.approx(exact, abs=1e-6)
+    levels = np.exp(log_q.max()) * np.array([0.05, 0.5])  # those outside hold these shares
+    np.testing.assert_allclose(contour_levels(np.exp(log_q)), levels, rtol=0.05)
+
+
 def test_sivi_counts_posterior_on_the_grid_is_that_of_the_closed_form(record):
     table, log_evidence = counts_posterior()
     exact, mean_r, sd_r = exact_moments()
@@ -883,6 +958,11 @@ def test_sivi_counts_posterior_on_the_grid_is_that_of_the_closed_form(record):
     assert found["mean_p"] == pytest.approx(0.5238, abs=1e-4)
     assert found["sd_p"] == pytest.approx(0.0735, abs=1e-4)
     assert found["correlation"] == pytest.approx(-0.906, abs=1e-3)
+    z, mass = mesh(AXES).reshape(-1, 2), CELL * table.ravel()
+    moments = np.cov(z.T, aweights=mass)
+    fitted = moments[0, 1] / math.sqrt(moments[0, 0] * moments[1, 1])
+    record("correlation of log r and logit p", fitted)
+    assert fitted == pytest.approx(-0.9285, abs=1e-3)
 
 
 def test_sivi_gibbs_draws_from_the_posterior(record):
@@ -896,6 +976,30 @@ def test_sivi_gibbs_draws_from_the_posterior(record):
     assert np.max(np.abs(z)) < 4.5
     share = draws.var((0, 1)) / (len(draws) * of_chains[0].var(0))
     record("effective draws of r per draw", share[0])
+
+
+def test_sivi_updates_know_their_prior(monkeypatch):
+    # 0.01 is too little to be seen in draws: three leaves, and a prior that outweighs them
+    monkeypatch.setattr(sys.modules[__name__], "PRIOR", 4.0)
+    counts = np.array([0, 2, 3])
+    log_joint = counts_log_joint(mesh(AXES), counts)
+    truth = describe(np.exp(log_joint - log_evidence_by_sum(log_joint, CELL)))
+    draws = gibbs(np.random.default_rng(15), 2000, 60, counts)[20:].mean(0)
+    z = [(draws[:, j].mean() - truth[f"mean_{i}"]) / draws[:, j].std() for j, i in enumerate("rp")]
+    assert np.max(np.abs(z)) * math.sqrt(2000) < 4.5
+
+    def bound(params):  # of the augmented mean field: exercise 6
+        q = product_table(*params).sum(1) * CELL
+        n, log_r = np.array([1, 2]), AXES[0]
+        above = np.array([np.sum(counts > i) for i in n])
+        lost = q @ np.log(np.exp(log_r)[:, None] + n) - np.log(math.exp(q @ log_r) + n)
+        return product_elbo(params, log_joint) - above @ lost
+
+    best = np.array(augmented_mean_field(counts))
+    for change in 0.02 * np.eye(4):
+        assert bound(best) > max(bound(best * (1 + change)), bound(best * (1 - change)))
+        slope = (bound(best * (1 + change)) - bound(best * (1 - change))) / 0.04
+        assert abs(slope) < 0.01
 
 
 def product_elbo(params, log_joint):
@@ -942,8 +1046,10 @@ def test_sivi_two_mean_fields_differ(record):
 # $\sqrt 2$ times that. For $n = 2{,}000$ these are 0.019 and 0.027. The paper's distances for
 # semi-implicit inference, 0.0185 and 0.0200, are below the second: they say "not distinguishable",
 # and cannot say more. Draws of a chain are no independent draws either, so the floor of a chain is
-# higher. All distances below are between *laws*, tabulated from 10,000 components; they have no
-# such floor.
+# higher: for mean field the paper has 0.2695 and 0.2965, where the laws are at 0.287 and 0.260 (the
+# augmented one, by the test above). The distances below are between *laws*. A fitted law is
+# tabulated from 10,000 of its components, which are smooth and not points: that leaves a floor of
+# 0.004.
 
 # %%
 from chapters import records
@@ -965,6 +1071,14 @@ def test_sivi_noise_floor_of_the_distances(record):
     error = np.std(pairs) / math.sqrt(300)
     assert abs(np.mean(pairs) - math.sqrt(2) * ks_floor(n)) < 4 * error + 0.0005
     assert 0.0185 < 0.0200 < math.sqrt(2) * ks_floor(n) < 0.0278
+    # a table of 10,000 kernels, as wide as those of the fits, against the law that they come from
+    c, floors = np.linspace(-0.8, 0.8, 33), []
+    for _ in range(12):
+        psi = 0.26 * rng.standard_normal(10_000)
+        of_table = sc.ndtr((c[:, None] - psi) / 0.1).mean(1)
+        floors.append(np.max(np.abs(of_table - sc.ndtr(c / math.hypot(0.26, 0.1)))))
+    record("mean KS distance of a table of 10,000 kernels from its law", np.mean(floors))
+    assert 0.003 < np.mean(floors) < 0.005
     # the paper keeps every fifth step of one chain
     chain = gibbs(rng, 100, 1500)[500::5, :, 0]
     worth_one = chain.mean(0).var() * len(chain) / chain.var()
@@ -981,8 +1095,9 @@ def test_sivi_noise_floor_of_the_distances(record):
 # are three seeds. {numref}`fig-ks-against-k` shows the distances, and {numref}`fig-red-mites` the
 # laws themselves.
 #
-# *$K = 0$* is the naive bound. The mixing law collapses, to a deviation of 0.01 where the others
-# have 0.25, and what is left is a product of two narrow laws, as bad as mean field.
+# *$K = 0$* is the naive bound. The mixing law collapses, to a deviation of 0.01; at $K = 1$ it is
+# 0.14, from $K = 20$ on 0.25 and more. What is left is a product of two narrow laws, as bad as
+# mean field.
 #
 # *The distance falls* as $K$ grows, and most of the way is done at $K = 20$. The theorem says
 # why: the fitted mixtures have $I(z; \psi)$ of about 1.4 nats and $\chi^2$ of about 7, so at
@@ -1047,6 +1162,10 @@ def test_sivi_kernel_is_a_floor_and_learning_its_scale_removes_it(record):
     record("floor of the divergence at σ = 0.1, for normal laws, nats", floor)
     record("divergence at K = 1000, σ = 0.1, best of 3 seeds", fixed[:, Ks == 1000].min())
     record("divergence at K = 100, σ learned, worst of 3 seeds", learned[:, -1].max())
+    scales = [counts_run("learned", f"scale_{i}")[1][:, -1].mean() for i in "rp"]
+    record("learned scale of log r, K = 100", scales[0])
+    record("learned scale of logit p, K = 100", scales[1])
+    assert scales == pytest.approx([0.074, 0.080], abs=0.004)
     assert floor == pytest.approx(0.079, abs=1e-3)
     assert fixed[:, Ks >= 100].min() > floor > 3 * learned[:, -1].max()
 
@@ -1067,10 +1186,14 @@ def test_sivi_information_explains_which_k_is_enough(record):
 @claim("H2")
 def test_sivi_naive_training_collapses(record):
     curves = records.load("sivi_counts_red_mites")["curves"]
-    ends = {K: [curves[f"spread_fixed_{K}_{s}"]["values"][-1] for s in range(3)] for K in (0, 1000)}
+    ends = {
+        K: [curves[f"spread_fixed_{K}_{s}"]["values"][-1] for s in range(3)]
+        for K in (0, 1, 20, 50, 100, 200, 1000)
+    }
     record("deviation of ψ after training on the naive bound", max(ends[0]), limit=0.05)
     record("the same with K = 1000", min(ends[1000]))
-    assert max(ends[0]) < 0.05 < 0.2 < min(ends[1000])
+    assert max(ends[0]) < 0.02 < 0.13 < min(ends[1]) < max(ends[1]) < 0.15
+    assert min(min(ends[K]) for K in ends if K >= 20) > 0.24
 
 
 # %% [markdown]
@@ -1129,7 +1252,11 @@ def divergence_on_grid(table, log_p, axes):
 
 # %% [markdown]
 # What a *normal* law with full covariance can do on the same grids is the yardstick. The runs use
-# $K = 100$, 2,000 steps, $\sigma^2 = 0.1$ ({numref}`fig-shapes`).
+# $K = 100$, 2,000 steps, $\sigma^2 = 0.1$ ({numref}`fig-shapes`). Shapes are found, ends not quite
+# reached, those of the banana least of all. To leave out an end costs little
+# $\mathrm{KL}(h \,\|\, p)$ (Chapter 2), and something is gained: if $h$ were the banana,
+# $I(z; \psi)$ would be 3.0 nats, and at such an $I$ the surrogate with $K = 100$ is 0.2 nats too
+# small. The fitted law makes do with 2.8.
 
 
 # %%
@@ -1155,6 +1282,40 @@ def test_sivi_targets_are_densities():
     for log_p, axes in TARGETS.values():
         cell = math.prod(axis[1] - axis[0] for axis in axes)
         assert cell * np.sum(np.exp(log_p(mesh(axes)))) == pytest.approx(1, abs=4e-3)
+
+
+def test_sivi_targets_have_the_moments_of_their_names():
+    moments = {  # means and variances
+        "laplace": ([0.0], [8.0]),
+        "lopsided": ([0.8], [4.36]),
+        "banana": ([1.0, 0.0], [3.0, 4.0]),
+        "x_shape": ([0.0, 0.0], [2.0, 2.0]),
+    }
+    for name, (log_p, axes) in TARGETS.items():
+        z = mesh(axes).reshape(-1, len(axes))
+        mass = sc.softmax(log_p(z))
+        mean, square = mass @ z, mass @ z**2
+        np.testing.assert_allclose(mean, moments[name][0], atol=0.02)
+        np.testing.assert_allclose(square - mean**2, moments[name][1], rtol=0.02)
+        if name == "banana":  # 4 + cov(z₁, z₂²), which is the variance of z₂² over 4
+            assert mass @ (z[:, 0] * z[:, 1] ** 2) == pytest.approx(4 + 8, rel=0.02)
+        if name == "x_shape":  # 4 (1 + 2 ρ²)
+            assert mass @ np.prod(z**2, axis=1) == pytest.approx(4 * (1 + 2 * 0.81), rel=0.02)
+
+
+def test_sivi_banana_is_fitted_with_less_information_than_it_has(record):
+    log_p, axes = TARGETS["banana"]
+    cell = math.prod(axis[1] - axis[0] for axis in axes)
+    kernel = 1 + math.log(2 * math.pi) + math.log(0.1)
+    tables = {"were h the target": np.exp(log_p(mesh(axes)))}
+    tables["fitted"] = records.load("sivi_targets")["arrays"]["banana"].astype(float)
+    found = [entropy(table.ravel(), cell) - kernel for table in tables.values()]
+    for how, value in zip(tables, found):
+        record(f"banana: I(z; ψ), {how}, nats", value)
+    assert found == pytest.approx([2.99, 2.77], abs=0.03)
+    gap = normal_gaps(3.0, 2, 100, np.random.default_rng(16), 4000).mean()
+    record("normal case, I = 3, D = 2, K = 100: gap, nats", gap)
+    assert 0.15 < gap < 0.27
 
 
 @claim("H6")
@@ -1184,8 +1345,9 @@ def test_sivi_fits_targets_that_no_normal_law_fits(record):
 # smooth function, without noise. With a diagonal $L$ this is mean field.
 #
 # **The chain.** Hamiltonian Monte Carlo {cite}`neal2011mcmc`, many chains at once: give the point a
-# random velocity, follow it along the gradient of the log-density by leapfrog steps, and accept the
-# end with the probability that makes up for the error of the steps. It runs in the coordinates
+# random velocity, follow it along the gradient of the log-density by leapfrog steps (half a step of
+# the velocity, one of the point, half a step of the velocity), and accept the end with the
+# probability that makes up for the error of the steps. It runs in the coordinates
 # in which the normal fit is standard normal, where one step size suits all directions.
 # Semi-implicit inference is done in these coordinates too: an affine map changes no ELBO.
 
@@ -1321,6 +1483,34 @@ def test_sivi_chain_finds_the_posterior_of_the_counts():
     assert np.max(np.abs(means.mean(0) - loc) / (means.std(0) / math.sqrt(200))) < 4.5
 
 
+def test_sivi_chain_that_rejects_half_its_moves_is_still_right(record):
+    axes = (np.linspace(-9, 9, 181),) * 2
+    z, table = mesh(axes).reshape(-1, 2), np.exp(quadratic(mesh(axes)))
+    mass = table.ravel() / table.sum()
+    rng = np.random.default_rng(17)
+    draws, accepted = hmc(quadratic, rng.standard_normal((2000, 2)), rng, 60, 1.5, leaps=2)
+
+    def features(z):
+        a, b = z[..., 0], z[..., 1]
+        return np.stack([a**2, b**2, np.sin(a) * b], axis=-1)
+
+    exact, found = mass @ features(z), features(draws[30:]).mean(0)
+    worst = np.max(np.abs(found.mean(0) - exact) / found.std(0)) * math.sqrt(2000)
+    stayed = np.mean(np.all(draws[1:] == draws[:-1], axis=-1))
+    record("share of accepted moves of a rough chain", accepted)
+    record("largest |z| of three moments of it", worst, limit=4.5)
+    assert worst < 4.5 and 0.3 < accepted < 0.8 and abs(1 - stayed - accepted) < 0.03
+
+
+def test_sivi_moved_density_has_the_same_evidence():
+    rng = np.random.default_rng(18)
+    loc, L = np.array([0.5, -1.0]), np.array([[0.6, 0.0], [-0.7, 1.4]])
+    v = rng.standard_normal((6, 2))
+    _, log_det = np.linalg.slogdet(L)
+    by_rows = [quadratic(loc + L @ row) + log_det for row in v]
+    np.testing.assert_allclose(moved(quadratic, loc, L)(v), by_rows, rtol=1e-12)
+
+
 def test_sivi_normal_elbo_is_below_and_its_maximum_is_stationary():
     X, y = small_regression(1, N=15, D=3)
     for full in (True, False):
@@ -1336,8 +1526,8 @@ def test_sivi_normal_elbo_is_below_and_its_maximum_is_stationary():
 # %% [markdown]
 # What the runs found ({numref}`fig-logistic-posteriors`). Mean field fails on both data sets: its
 # deviations are a fifth of the chain's on `nodal`, two thirds on `waveform`. On `nodal` the
-# semi-implicit posterior has nearly half of the 0.35 nats that the best normal law misses, and most
-# of the skewness of the intercept. On `waveform` it finds nothing beyond the normal law: the
+# semi-implicit posterior has more than half of the 0.35 nats that the best normal law misses, and
+# most of the skewness of the intercept. On `waveform` it finds nothing beyond the normal law: the
 # learned scales go to 1, those of the normal fit, and the mixing network is idle. There is little
 # to gain there, 0.13 nats; and in 22 dimensions a mixture soon has more information than $\log 101$
 # nats, of which the surrogate with $K = 100$ sees no more than that. Most of the distance from mean
@@ -1372,6 +1562,9 @@ def test_sivi_regression_posteriors_against_a_long_chain(record):
             record("nodal: the same, semi-implicit", skew["semi_implicit"])
             assert skew["semi_implicit"] > 0.5 * skew["chain"] > 0.2
             assert lower - error > bounds["normal"]
+            assert lower - bounds["normal"] > 0.5 * (scalars["log_evidence"] - bounds["normal"])
+        else:  # the mixing is idle
+            assert np.max(np.abs(arrays["scale"] - 1)) < 0.03 and arrays["spread"].max() < 0.15
 
 
 # %% [markdown]
@@ -1699,9 +1892,9 @@ def figure_shapes():
 def figure_logistic_posteriors():
     r"""Logistic regression: three posteriors against a long Markov chain.
 
-    Left: the intercept of `nodal`. Middle: standard deviation of each coefficient of both data
-    sets, as a share of the chain's. Right: deviation of the predicted probability of test rows,
-    against the chain's.
+    Left: the intercept of `nodal` (the peak of mean field is cut off). Middle: standard deviation
+    of each coefficient of both data sets, as a share of the chain's. Right: deviation of the
+    predicted probability of test rows, against the chain's; of `waveform`, 200 drawn at random.
     """
     import matplotlib.pyplot as plt
     from matplotlib.ticker import NullFormatter, NullLocator
@@ -1754,8 +1947,10 @@ def figure_logistic_posteriors():
 # A sample tells its component: $I = \log A$. In {eq}`eq-sivi-entropies` the entropy of
 # $\tilde h_K$ exceeds that of its components by the entropy of the *labels* among the $K + 1$
 # draws. For $K = 1$ it is $\log 2$ if the two labels differ and 0 if not, so
-# $B_1 = (1 - \frac1A) \log 2$. The bound $\log(K + 1)$ asks for $K + 1$ different labels almost
-# surely: a continuous mixing law whose components do not overlap, where $I = \infty$.
+# $B_1 = (1 - \frac1A) \log 2$. The bound $\log(K + 1)$ asks for $K + 1$ different labels: it is
+# approached for $A \to \infty$, where also $I \to \infty$. Attained it is never, for $K \ge 1$ and
+# whatever the mixing law: almost every other component would have to vanish at $z$, but their mean
+# there is $h(z)$, and $z \sim h$.
 # ```
 
 
@@ -1766,8 +1961,8 @@ def test_sivi_exercise_1_disjoint_components():
         weights = np.full(A, 1 / A)
         assert information(weights, rows, 1.0) == pytest.approx(math.log(A))
         assert regulariser(weights, rows, 1.0, 1) == pytest.approx((1 - 1 / A) * math.log(2))
-    labels = np.random.default_rng(11).integers(100_000, size=(1000, 4))
-    assert np.mean([len(set(row)) == 4 for row in labels]) > 0.99
+    reached = [regulariser(np.full(A, 1 / A), np.eye(A), 1.0, 2) for A in (3, 10, 30)]
+    assert np.all(np.diff(reached) > 0) and 0.95 * math.log(3) < reached[-1] < math.log(3)
 
 
 # %% [markdown]

@@ -35,7 +35,7 @@ from chapters.ch12_sivi import (
     sivi_step,
     surrogate,
 )
-from experiments.runner import Parts, Run
+from experiments.runner import Parts, Run, chosen
 from minigrad import tree
 from minigrad.optim import adam, exponential_decay
 
@@ -232,8 +232,9 @@ def sivi_regression(config, data, rng):
             "spread": psi.std(0),
             "edges": np.histogram_bin_edges(laws["chain"][:, 0], 50),
         }
+        rows = data.x_test[chosen(len(data.x_test), config["tested"])].astype(np.float64)
         for name, beta in laws.items():
-            probs = expit(beta @ data.x_test[:200].T.astype(np.float64))
+            probs = expit(beta @ rows.T)
             standard = (beta - beta.mean(0)) / beta.std(0)
             arrays |= {
                 f"mean_{name}": beta.mean(0),
@@ -281,7 +282,7 @@ RUNS = {
         sivi_regression,
         SETTINGS
         | {"steps": 2000, "decay": 0.9, "widths": [20, 40, 60, 40], "scale": 0.7, "extra": 100}
-        | {"chains": 32, "keep": 600, "batches": 40},
+        | {"chains": 32, "keep": 600, "batches": 40, "tested": 200},
         {"nodal": {}, "waveform": {}},
     ),
 }
