@@ -1,19 +1,27 @@
-"""`python -m experiments list | run NAME | status`; `experiments/README.md` tells the rest."""
+"""`python -m experiments`: runs, sweeps and tables; `experiments/README.md` tells the rest."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from experiments import runner
+from experiments import runner, sweep
+from experiments.tables import plots
+from minigrad.train import DamagedFile, load_record
 
 
-def main(argv=None, runs=None):
-    """Run the command line and return the exit code; `runs` defaults to the registry."""
+def main(argv=None, runs=None, tables=None):
+    """Run the command line and return the exit code; `runs`, `tables` default to the registries."""
     arguments = _parser().parse_args(argv)
     try:
         runs = runner.registry() if runs is None else runs
+        if name := getattr(arguments, "table", None):
+            tables = runner.tables() if tables is None else tables
+            if name not in tables:
+                there = ", ".join(sorted(tables)) or "none"
+                raise runner.RunError(f"no table {name!r}; there are: {there}")
+            arguments.table, arguments.table_name = tables[name], name
         arguments.command(runs, arguments)
-    except (runner.RunError, FloatingPointError) as error:
+    except (runner.RunError, FloatingPointError, DamagedFile) as error:
         return _fail(error)
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else error)
@@ -43,12 +51,30 @@ def _parser():
     run.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings"
     )
-    run.add_argument("--checkpoint-seconds", type=float, default=30.0, metavar="S")
-    run.add_argument("--mixed", action="store_true", help="go on although sources have changed")
 
-    status = commands.add_parser("status", help="how far each run is")
+    sweeping = commands.add_parser("sweep", help="do the runs of a table that are not done yet")
+    sweeping.set_defaults(command=_sweep)
+    sweeping.add_argument("table")
+    sweeping.add_argument(
+        "--only", default="", metavar="TEXT", help="of cells with TEXT in ROW/COLUMN"
+    )
+    sweeping.add_argument("--steps", help="of every run, instead of the table's")
+    sweeping.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once")
+    sweeping.add_argument("--dask", metavar="ADDRESS", help="a cluster to do them on")
+    for command in (run, sweeping):
+        command.add_argument("--checkpoint-seconds", type=float, default=30.0, metavar="S")
+        command.add_argument(
+            "--mixed", action="store_true", help="go on although sources have changed"
+        )
+
+    table = commands.add_parser("table", help="print a table, ours beside published")
+    table.set_defaults(command=_table)
+    table.add_argument("table")
+
+    status = commands.add_parser("status", help="how far each run is, or each cell of a table")
     status.set_defaults(command=_status)
-    for command in (run, status):
+    status.add_argument("table", nargs="?")
+    for command in (run, sweeping, table, status):
         command.add_argument(
             "--out", type=Path, default=runner.RESULTS, help="folder of the records"
         )
@@ -85,6 +111,26 @@ def _run(runs, arguments):
         print(f"    {key} {value:.6g}")
 
 
+def _sweep(runs, arguments):
+    sweep.sweep(
+        sweep.configs(arguments.table, runs, arguments.steps, arguments.only),
+        runs,
+        jobs=arguments.jobs,
+        dask=arguments.dask,
+        out=arguments.out,
+        checkpoint_seconds=arguments.checkpoint_seconds,
+        mixed=arguments.mixed,
+    )
+
+
+def _table(runs, arguments):
+    places = plots.places(
+        arguments.table, runs, lambda name: load_record(arguments.out / f"{name}.json")
+    )
+    command = f"python -m experiments sweep {arguments.table_name}"
+    print(plots.markdown(arguments.table, places, command), end="")
+
+
 def _pair(text):
     key, equals, value = text.partition("=")
     if not (key and equals):
@@ -93,11 +139,19 @@ def _pair(text):
 
 
 def _status(runs, arguments):
-    rows = runner.overview(runs, arguments.out)
+    columns = ["name", "data", "steps", "seconds", "left", "last", "state"]
+    if arguments.table:
+        columns[:2] = ["row", "column"]
+        rows = []
+        for cell in arguments.table.cells:
+            name, config = sweep.configured(cell, runs)
+            row = runner.row(name, arguments.out, config["steps"])
+            rows.append(row | {"row": cell.row, "column": cell.column})
+    else:
+        rows = runner.overview(runs, arguments.out)
     if not rows:
         print("nothing has been run yet")
         return
-    columns = ["name", "data", "steps", "seconds", "last", "state"]
     table = [columns, *([row[column] for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table)]
     for line in table:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import experiments
+import experiments.tables
 from minigrad.source import source_hash
 from minigrad.train import (
     DamagedFile,
@@ -76,16 +76,28 @@ class RunError(Exception):
 
 
 def registry():
-    """Return all runs of the modules of `experiments`, by name."""
+    """Return all runs of the modules of `experiments` and `experiments.tables`, by name."""
     runs = {}
-    for module in pkgutil.iter_modules(experiments.__path__):
-        if module.name in ("__main__", "runner"):
-            continue
-        found = getattr(importlib.import_module(f"experiments.{module.name}"), "RUNS", {})
+    for module in _modules(experiments) + _modules(experiments.tables):
+        found = getattr(module, "RUNS", {})
         if twice := runs.keys() & found.keys():
-            raise RunError(f"experiments/{module.name}.py: {sorted(twice)} exist in another file")
+            raise RunError(f"{module.__file__}: {sorted(twice)} exist in another file")
         runs |= found
     return runs
+
+
+def tables():
+    """Return the tables of the modules of `experiments.tables`, by the module's name."""
+    return {
+        module.__name__.rpartition(".")[2]: module.TABLE._replace(protocol=module.__doc__)
+        for module in _modules(experiments.tables)
+        if hasattr(module, "TABLE")
+    }
+
+
+def _modules(package):
+    names = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "__main__"]
+    return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
 
 
 # A config: a JSON-able dict that decides the result.
@@ -151,7 +163,9 @@ def record_name(run, config):
     changed = {k: v for k, v in sorted(config.items()) if k != "steps" and v != defaults[k]}
     parts = [f"{key}={value}" for key, value in changed.items()]
     base = "_".join(filter(None, (config["name"], config["data"])))
-    if len("_".join(parts)) > 80 or not all(re.fullmatch(r"\w+=[A-Za-z0-9.+-]*", p) for p in parts):
+    if len("_".join(parts)) > 80 or not all(
+        re.fullmatch(r"\w+=[\w.+-]*", p, re.ASCII) for p in parts
+    ):
         parts = [_key(changed)]  # what does not fit into a file name
     return "_".join([base, *parts])
 
@@ -181,18 +195,15 @@ def execute(run, config, out=RESULTS, checkpoint_seconds=30.0, mixed=False, prog
     name = record_name(run, config)
     folder, target = runs_folder() / name, Path(out) / f"{name}.json"
     _refuse_shorter(target, config)
-    origin = {
-        "source_hash": source_hash(*(ROOT / p for p in ("minigrad", "chapters", "experiments")))
-    }
-    origin["versions"] = _versions()
+    here = origin()
     with _only_one(folder), _threads(config["threads"]):
         rng = np.random.default_rng(np.random.SeedSequence([config["seed"], int(_key(config), 16)]))
         parts = Parts(*run.setup(config, _load(config["data"]), rng))
-        start, meta, files = _resume(folder, parts.state, config, origin, mixed)
-        origins = [old for old in meta.get("origins", []) if old != origin] + [origin]
+        start, meta, files = _resume(folder, parts.state, config, here, mixed)
+        origins = [old for old in meta.get("origins", []) if old != here] + [here]
         clock = _Clock(meta.get("seconds", 0.0))
 
-        with _log(folder, {"config": config, **origin}, start.step if start else 0) as write:
+        with _log(folder, {"config": config, **here}, start.step if start else 0) as write:
 
             def on_point(snapshot, entry):
                 if entry:
@@ -224,7 +235,7 @@ def execute(run, config, out=RESULTS, checkpoint_seconds=30.0, mixed=False, prog
             "config": config,
             "seed": config["seed"],
             "threads": config["threads"],
-            "versions": origin["versions"],
+            "versions": here["versions"],
             "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
             "source_hash": "+".join(dict.fromkeys(old["source_hash"] for old in origins)),
             "seconds": round(clock(), 3),
@@ -264,6 +275,12 @@ def _finish(parts, state, rng):
             f"after the last step: {', '.join(bad)} not finite; no record written"
         )
     return scalars, {key: np.asarray(value) for key, value in arrays.items()}
+
+
+def origin():
+    """Return what a result depends on beside its config: the sources' hash, library versions."""
+    folders = (ROOT / name for name in ("minigrad", "chapters", "experiments"))
+    return {"source_hash": source_hash(*folders), "versions": _versions()}
 
 
 def _versions():
@@ -312,11 +329,26 @@ def _only_one(folder):
         with contextlib.suppress(ImportError):  # no fcntl on Windows: there it is up to the user
             import fcntl
 
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise RunError(f"{folder.name} is running in another process") from error
+            for _ in range(10):  # `is_running` holds it for a moment, a dying process a bit longer
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.1)
+            else:
+                raise RunError(f"{folder.name} is running in another process")
         yield
+
+
+def is_running(folder):
+    """Whether a process of this machine is at work on the run whose checkpoints are in `folder`."""
+    with contextlib.suppress(ImportError, FileNotFoundError), open(folder / "lock", "rb") as file:
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 # Checkpoints and logs
@@ -336,7 +368,7 @@ def checkpoints(folder):
     return sorted(good, key=lambda found: -found[0]), damaged
 
 
-def _resume(folder, like, config, origin, mixed):
+def _resume(folder, like, config, here, mixed):
     """Return the snapshot to go on from (or None), its meta, and the files to write to by turns."""
     good, damaged = checkpoints(folder)
     files = [folder / "checkpoint-a.npz", folder / "checkpoint-b.npz"]
@@ -354,9 +386,9 @@ def _resume(folder, like, config, origin, mixed):
             f"{folder} is at step {step} already, past {config['steps']}; ask for more steps, or "
             "set MINIGRAD_RUNS to another folder"
         )
-    if meta["origins"][-1] != origin and not mixed:
+    if meta["origins"][-1] != here and not mixed:
         raise RunError(
-            f"{path} was written by {meta['origins'][-1]} and this is {origin}, so the result "
+            f"{path} was written by {meta['origins'][-1]} and this is {here}, so the result "
             f"would be neither's; add --mixed to go on all the same, or delete {folder}"
         )
     snapshot, meta = load_snapshot(path, like)
@@ -398,11 +430,13 @@ def overview(runs, out=RESULTS):
     }
     names |= {path.stem for path in out.glob("*.json")}
     names |= {path.parent.name for path in runs_folder().glob("*/checkpoint-?.npz")}
-    return [_row(name, out) for name in sorted(names)]
+    return [row(name, out) for name in sorted(names)]
 
 
-def _row(name, out):
-    row = {"name": name, "data": "", "steps": "", "seconds": "", "last": "", "state": "not run"}
+def row(name, out=RESULTS, steps=None):
+    """Return what `status` shows of a run, of which `steps` are asked for (default: its own)."""
+    row = dict.fromkeys(("data", "steps", "seconds", "left", "last"), "")
+    row = {"name": name, **row, "state": "not run"}
     good, damaged = checkpoints(runs_folder() / name)
     record = None
     try:
@@ -411,20 +445,38 @@ def _row(name, out):
         pass
     except DamagedFile as error:
         damaged.append(str(error))
+    if record and steps and record["config"]["steps"] >= steps:
+        good = []  # whatever the checkpoints are, all that is asked for is there
     newest = good[0][2] if good else None
-    source = newest or record
-    if source:
+    if is_running(runs_folder() / name):
+        row["state"] = "running"
+    elif newest or record:
+        row["state"] = "partial"
+    if source := newest or record:
         config, curves = source["config"], (newest["snapshot"] if newest else record)["curves"]
         done = good[0][0] if good else config["steps"]
         last = next(((key, curve["values"][-1]) for key, curve in curves.items()), None)
-        finished = record is not None and record["config"]["steps"] == done == config["steps"]
+        steps = steps or config["steps"]
+        if record and done == record["config"]["steps"] >= steps:
+            row["state"] = "finished"
+        else:
+            row["left"] = duration(source["seconds"] / done * max(0, steps - done))
         row |= {
             "data": config["data"] or "",
-            "steps": f"{done}/{config['steps']}",
+            "steps": f"{done}/{steps}",
             "seconds": f"{source['seconds']:.0f}",
             "last": f"{last[0]} {last[1]:.5g}" if last else "",
-            "state": "finished" if finished else "partial",
         }
+    elif steps:
+        row["steps"] = f"0/{steps}"
     if damaged:
         row["state"] = "damaged: " + "; ".join(damaged)
     return row
+
+
+def duration(seconds):
+    """Return a time in words: "41 s", "12 min", "3.4 h", "2.1 days"."""
+    for unit, size, limit in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
+        if seconds / size < limit:
+            return f"{seconds / size:.{int(unit == 'h')}f} {unit}"
+    return f"{seconds / 86400:.1f} days"

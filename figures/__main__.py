@@ -1,7 +1,8 @@
 """Draw the figures of the book into `build/figures/`, skipping those that are up to date.
 
 `--update` also rewrites the committed SVG and JSON in `figures/`; `--check` compares the numbers
-that are drawn with the committed ones: to one millionth, and the records read for them exactly.
+that are drawn with the committed ones: to one millionth, and the records read for them exactly. A
+figure with an attribute `markdown` (a published table) has a third file, compared exactly.
 """
 
 import argparse
@@ -38,7 +39,8 @@ def draw(figure):
 
     if not figure.caption:
         raise ValueError("it has no docstring, whose first line is the caption")
-    module = importlib.import_module(f"{figure.path.parent.name}.{figure.path.stem}")
+    file = (ROOT / figure.path).relative_to(ROOT)
+    module = importlib.import_module(".".join(file.with_suffix("").parts))
     svg = BUILD / f"{figure.name}.svg"
     # a glyph that is missing, a layout that does not fit: matplotlib warns, a reader would frown
     with plt.style.context(["default", STYLE]), warnings.catch_warnings(), records.watch() as read:
@@ -54,6 +56,8 @@ def draw(figure):
             plt.close("all")
     head = {"caption": figure.caption, "chapter": figure.path.stem}
     sealed = {name: _sha256(records.path(name)) for name in sorted(read)}
+    if text := getattr(drawn, "markdown", None):
+        write_atomic(BUILD / f"{figure.name}.md", text.encode())
     write_atomic(BUILD / f"{figure.name}.json", _json({**head, "records": sealed, **content}))
 
 
@@ -82,7 +86,11 @@ def sources(path):
     folders = ROOT / "minigrad", ROOT / "figures"
     beside = path.parent.glob("*.json")  # the reference run of the benchmarks
     versions = [version(package) for package in ("numpy", "scipy", "matplotlib")]
-    return "-".join([source_hash(*folders, STYLE, *chapters, *beside), *versions])
+    there = ""  # a table has a place for records that do not exist yet
+    if path.match(find.TABLES):
+        names = sorted(file.name for file in records.RESULTS.glob("*.json"))
+        there = hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
+    return "-".join([source_hash(*folders, STYLE, *chapters, *beside), *versions, there])
 
 
 def is_current(figure, key):
@@ -116,23 +124,28 @@ def check(name):
     for suffix in (".json", ".svg"):
         if not (COMMITTED / f"{name}{suffix}").is_file():
             raise ValueError(f"figures/{name}{suffix} is missing; make it with --update")
-    drawn, committed = (
-        json.loads((folder / f"{name}.json").read_bytes()) for folder in (BUILD, COMMITTED)
-    )
+    drawn, committed = (_read(folder, name) for folder in (BUILD, COMMITTED))
     if differences := numbers.compare(drawn, committed):
         shown = "\n  ".join(differences[:8])
         raise ValueError(f"{len(differences)} differences from figures/{name}.json:\n  {shown}")
 
 
+def _read(folder, name):
+    content = json.loads((folder / f"{name}.json").read_bytes())
+    text = folder / f"{name}.md"
+    return content | ({"markdown": text.read_text("utf-8").splitlines()} if text.is_file() else {})
+
+
 def update(name):
-    """Copy the built SVG and JSON over the committed ones."""
-    for suffix in (".svg", ".json"):
-        write_atomic(COMMITTED / f"{name}{suffix}", (BUILD / f"{name}{suffix}").read_bytes())
+    """Copy the built SVG and JSON, and Markdown where there is one, over the committed ones."""
+    for built in (BUILD / f"{name}{suffix}" for suffix in (".svg", ".json", ".md")):
+        if built.is_file():
+            write_atomic(COMMITTED / built.name, built.read_bytes())
 
 
 def orphans(figures):
     """Return the committed files that no figure function makes."""
-    files = [*COMMITTED.glob("*.svg"), *COMMITTED.glob("*.json")]
+    files = [file for suffix in ("svg", "json", "md") for file in COMMITTED.glob(f"*.{suffix}")]
     return sorted(file.name for file in files if file.stem not in figures)
 
 

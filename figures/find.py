@@ -1,11 +1,14 @@
 """Which figures there are and what each depends on, read from the sources without an import."""
 
 import ast
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
 __all__ = ["Figure", "dependencies", "figures"]
 
+CHAPTERS = "chapters/ch*.py"
+TABLES = "experiments/tables/*.py"
 BENCHMARKS = "benchmarks/plots.py"
 
 
@@ -20,12 +23,13 @@ class Figure(NamedTuple):
 def figures(root):
     """Return the figures of the chapters below `root`, a dict by name in reading order.
 
-    Then those of the benchmarks.
+    Then those of the published tables and of the benchmarks.
 
     Raises ValueError where two have one name, as their files would.
     """
     found = {}
-    for path in [*sorted(Path(root).glob("chapters/ch*.py")), *Path(root).glob(BENCHMARKS)]:
+    globs = (sorted(Path(root).glob(pattern)) for pattern in (CHAPTERS, TABLES, BENCHMARKS))
+    for path in itertools.chain.from_iterable(globs):
         for node in ast.parse(path.read_bytes(), str(path)).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("figure_"):
                 name = node.name.removeprefix("figure_")

@@ -98,7 +98,7 @@ def test_what_is_imported_is_required_in_setup_cfg():
         "minigrad": required["core"] | required["data"],
         "chapters": required["core"],
         "figures": required["core"],
-        "experiments": required["core"] | required["scale"],
+        "experiments": required["core"] | required["dask"],
         "book": required["core"] | required["book"],
         "benchmarks": set().union(*required.values()),
         "tests": set().union(*required.values()),

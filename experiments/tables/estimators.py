@@ -16,6 +16,7 @@ Training ELBO: the mean over the last 2,000 steps of the batch's estimate. Valid
 
 from experiments.runner import Run
 from experiments.tables import Cell, Table
+from experiments.tables.plots import draw_curves, draw_table
 from experiments.tables.relax import SETTINGS, discrete_vae
 
 METHODS = {"leave_one_out": "RLOO", "arm": "ARM", "disarm": "DisARM", "rebar": "REBAR"}
@@ -52,3 +53,13 @@ TABLE = Table(
     {},
     {"training ELBO": "elbo"},
 )
+
+
+def figure_table_estimators():
+    """Six estimators on autoencoders with 200 bits: training ELBO and validation bound."""
+    return draw_table("estimators")
+
+
+def figure_curves_estimators():
+    """Training ELBO of six estimators, by data set and model."""
+    return draw_curves("estimators")

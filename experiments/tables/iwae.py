@@ -22,6 +22,7 @@ from chapters.ch06_importance import bound_step, iwae_bound
 from experiments.ch06 import active_units, estimate, flat, mean_bound
 from experiments.runner import Parts, Run, chosen
 from experiments.tables import Cell, Table
+from experiments.tables.plots import draw_curves, draw_table
 from minigrad.data import binarize
 from minigrad.optim import adam, piecewise_constant
 
@@ -64,7 +65,7 @@ def iwae_schedule(config, data, rng):
 RUNS = {
     "iwae_schedule": Run(
         iwae_schedule,
-        {"steps": ENDS[3], "log_every": EPOCH, "eval_every": EPOCH, "batch": 20}
+        {"steps": ENDS[3], "log_every": EPOCH // 10, "eval_every": EPOCH, "batch": 20}
         | {"method": "iwae", "k": 1, "tested": 1000, "test_samples": 5000},
         {"mnist": {}},
     )
@@ -100,3 +101,13 @@ TABLE = Table(
     {"a": "One stage of the schedule: compare within the row."},
     {"test NLL, 50 samples": "test_nll_50"},
 )
+
+
+def figure_table_iwae():
+    """VAE against IWAE: test likelihood and active units, ours and published."""
+    return draw_table("iwae")
+
+
+def figure_curves_iwae():
+    """Test likelihood of VAE and IWAE, estimated by 50 samples, along the schedule."""
+    return draw_curves("iwae")

@@ -19,6 +19,7 @@ from chapters.ch07_concrete import structured_bound, structured_init, structured
 from experiments.ch07 import flat
 from experiments.runner import Parts, Run, chosen
 from experiments.tables import Cell, Table
+from experiments.tables.plots import draw_curves, draw_table
 from minigrad.optim import adam
 
 
@@ -59,7 +60,7 @@ def structured(config, data, rng):
 RUNS = {
     "structured": Run(
         structured,
-        {"steps": 100_000, "log_every": 1000, "eval_every": 5000, "batch": 64}
+        {"steps": 100_000, "log_every": 250, "eval_every": 2500, "batch": 64}
         | {"method": "concrete", "m": 1, "layers": 2, "units": 240}
         | {"learning_rate": 3e-4, "decay": 1e-3, "evaluated": 2000, "evaluation_samples": 100},
         {"binarized_mnist": {}},
@@ -114,3 +115,13 @@ TABLE = Table(
     },
     {"test NLL": "test_nll"},
 )
+
+
+def figure_table_structured():
+    """Lower halves of images from upper ones: Concrete, NVIL and VIMCO, ours and published."""
+    return draw_table("structured")
+
+
+def figure_curves_structured():
+    """Test likelihood of the lower half of an image, by model, number of samples and estimator."""
+    return draw_curves("structured")
