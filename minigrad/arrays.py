@@ -11,7 +11,7 @@ from minigrad.core import REDUCTIONS, TABLE, Tracer, plain, primitive, register
 from minigrad.elementwise import multiply, sqrt, where
 from minigrad.kernels.vq import add_rows
 
-SMALL = 1 << 13  # elements: below, copying them costs less than NumPy's making of a view
+SMALL = 1 << 15  # elements: below, a copy costs less than NumPy's making of a view and its use
 
 # ---------------------------------------------------------------------------------- reductions
 

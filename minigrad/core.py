@@ -1,7 +1,7 @@
 """The engine: traced arrays, primitives and the backward pass.
 
 A function is differentiated by running it on `Tracer`s. Each traced call of a primitive makes
-one `Node`, which remembers where the call's arguments came from and how to pull a cotangent
+one node, which remembers where the call's arguments came from and how to pull a cotangent
 back to them. `backward` then visits the nodes, newest first.
 
 Levels. Every transform opens a level: a number larger than that of any level opened before it.
@@ -28,34 +28,29 @@ new_serial = itertools.count(-1, -1).__next__
 _nan_check = ContextVar("nan_check", default=False)
 
 
-def new_node(name, value, edges=()):
-    """Return the record of one call: the tuple (serial number, edges, shape, dtype, name).
-
-    An edge (parent node, pull-back) leads to each traced argument. Shape and dtype are those that
-    the cotangent must come out in. The value is not kept: an array lives on only if some pull-back
-    mentions it. (A tuple, since a program makes one per operation and a class would cost twice.)
-    """
-    try:
-        return (new_serial(), edges, value.shape, value.dtype, name)
-    except AttributeError:
-        raise TypeError(
-            f"primitive {name} returned a {type(value).__name__}; it must return one array"
-        ) from None
-
-
 class Tracer:
     """An array under differentiation: a value (an array, or a tracer of a lower level) and a node.
 
     Works like a NumPy array, except that it can be neither assigned into nor turned into a plain
     array: both would cut the gradient without a word.
+
+    The node is the record of the call that made it: (serial number, edges, shape, dtype, name). An
+    edge (parent node, pull-back) leads to each traced argument. Shape and dtype are those that the
+    cotangent must come out in. The node does not keep the value: an array lives on only if some
+    pull-back mentions it. (A tuple, since there is one per operation and a class would cost twice.)
     """
 
     __slots__ = ("level", "node", "value")
 
-    def __init__(self, value, level, node):
+    def __init__(self, value, level, edges, name):
+        try:
+            self.node = (new_serial(), edges, value.shape, value.dtype, name)
+        except AttributeError:
+            raise TypeError(
+                f"primitive {name} returned a {type(value).__name__}; it must return one array"
+            ) from None
         self.value = value
         self.level = level
-        self.node = node
 
     shape = property(lambda self: self.value.shape)
     dtype = property(lambda self: self.value.dtype)
@@ -94,7 +89,7 @@ class Tracer:
     __float__ = __int__ = __index__ = __complex__ = item = tolist = _no_scalar
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
-        if method == "__call__" and ufunc in TABLE and not kwargs:
+        if method == "__call__" and not kwargs and ufunc in TABLE:
             return TABLE[ufunc](*inputs)
         if method == "reduce" and ufunc in REDUCTIONS:
             # ufunc.reduce works on axis 0 by default, unlike np.sum.
@@ -155,13 +150,8 @@ def primitive(f, *rules, name=None, variadic=None, once=False):
     second derivative then raises NotImplementedError instead of being silently zero.
     """
     name = name or f.__name__
-    fast = None
-    if 1 <= len(rules) <= 2 and all(rules) and not once:
-        fast = (_unary if len(rules) == 1 else _binary)(f, *rules, name)
 
     def op(*args, **kwargs):
-        if fast and len(args) == len(rules):
-            return fast(*args, **kwargs)
         # The highest level among the arguments, and their values as seen from below it.
         level = 0
         for a in args:
@@ -193,10 +183,10 @@ def primitive(f, *rules, name=None, variadic=None, once=False):
                 edges.append((a.node, _only_once(name, pull, values) if once else pull))
         if _nan_check.get():
             _refuse_nan(ans, f"the forward pass of {name}", values)
-        return Tracer(ans, level, new_node(name, ans, edges))
+        return Tracer(ans, level, edges, name)
 
-    if fast and _arity(f) == len(rules):
-        op = fast
+    if _arity(f) == len(rules) <= 2 and all(rules) and not once:
+        op = (_unary if len(rules) == 1 else _binary)(f, *rules, name)
     op.__name__ = op.__qualname__ = name
     op.__doc__ = f"Differentiable; for what it computes see {name} in NumPy or SciPy."
     if isinstance(f, np.ufunc):
@@ -206,25 +196,27 @@ def primitive(f, *rules, name=None, variadic=None, once=False):
 
 
 def _arity(f):
-    """Return how many arguments `f` takes by position, or None where that is not fixed."""
+    """Return how many arguments `f` takes, all by position, or None where that is not so."""
     if isinstance(f, np.ufunc):
         return f.nin
     code = getattr(f, "__code__", None)
-    return code.co_argcount if code and not code.co_flags & inspect.CO_VARARGS else None
+    other = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+    fixed = code and not (code.co_kwonlyargcount or code.co_flags & other)
+    return code.co_argcount if fixed else None
 
 
 def _unary(f, rule, name):
     """Return what `primitive` makes of a function of one array, without loops: half the time."""
 
-    def op(x, **kwargs):
+    def op(x):
         if type(x) is not Tracer:
-            return f(x, **kwargs)
+            return f(x)
         value = x.value
-        ans = op(value, **kwargs) if type(value) is Tracer else f(value, **kwargs)
-        edges = ((x.node, rule(ans, value, **kwargs)),)
+        ans = op(value) if type(value) is Tracer else f(value)
+        edges = ((x.node, rule(ans, value)),)
         if _nan_check.get():
             _refuse_nan(ans, f"the forward pass of {name}", [value])
-        return Tracer(ans, x.level, new_node(name, ans, edges))
+        return Tracer(ans, x.level, edges, name)
 
     return op
 
@@ -232,22 +224,22 @@ def _unary(f, rule, name):
 def _binary(f, left, right, name):
     """Return what `primitive` makes of a function of two arrays, without loops."""
 
-    def op(x, y, **kwargs):
+    def op(x, y):
         level_x = x.level if type(x) is Tracer else 0
         level_y = y.level if type(y) is Tracer else 0
         level = level_x if level_x > level_y else level_y
         if not level:
-            return f(x, y, **kwargs)
+            return f(x, y)
         u = x.value if level_x == level else x
         v = y.value if level_y == level else y
         nested = type(u) is Tracer or type(v) is Tracer
-        ans = op(u, v, **kwargs) if nested else f(u, v, **kwargs)
-        edges = ((x.node, left(ans, u, v, **kwargs)),) if level_x == level else ()
+        ans = op(u, v) if nested else f(u, v)
+        edges = ((x.node, left(ans, u, v)),) if level_x == level else ()
         if level_y == level:
-            edges += ((y.node, right(ans, u, v, **kwargs)),)
+            edges += ((y.node, right(ans, u, v)),)
         if _nan_check.get():
             _refuse_nan(ans, f"the forward pass of {name}", [u, v])
-        return Tracer(ans, level, new_node(name, ans, edges))
+        return Tracer(ans, level, edges, name)
 
     return op
 
@@ -300,11 +292,8 @@ def backward(node, cotangent):
         for parent, pull in edges:
             c = pull(g)
             key, grandparents, shape, dtype, _ = parent
-            try:
-                fits = c.shape == shape and c.dtype is dtype
-            except AttributeError:  # a rule returned a Python number
-                fits = False
-            if not fits:
+            # a rule may return a Python number, which has no shape
+            if getattr(c, "shape", None) != shape or c.dtype is not dtype:
                 c = _fit(c, shape, dtype)
             if check:
                 _refuse_nan(c, f"the backward pass of {name}", (g,))

@@ -9,7 +9,7 @@ mean of the two one-sided ones: 0 for |x| at 0, one half each for ties of `maxim
 import numpy as np
 
 from minigrad.core import TABLE, Tracer, constant, plain, primitive, register
-from minigrad.kernels import transcendental
+from minigrad.kernels import fused, transcendental
 
 add = primitive(
     np.add,
@@ -60,25 +60,26 @@ arctan = primitive(np.arctan, lambda ans, x: lambda g: g / (1 + x * x))
 # NumPy's in the last digit.
 exp = register(np.exp)(primitive(transcendental.exp, lambda ans, x: lambda g: g * ans))
 log = register(np.log)(primitive(transcendental.log, lambda ans, x: lambda g: g / x))
-tanh = register(np.tanh)(
-    primitive(transcendental.tanh, lambda ans, x: lambda g: g * (1 - ans * ans))
+tanh = register(np.tanh)(primitive(transcendental.tanh, lambda ans, x: lambda g: _tanh_dx(ans, g)))
+_tanh_dx = primitive(
+    fused.tanh_dx,
+    lambda ans, y, g: lambda h: -2 * h * g * y,
+    lambda ans, y, g: lambda h: _tanh_dx(y, h),
 )
 
-
-def _share(wins, ties):
-    """Return 1 where won, 1/2 where tied, 0 elsewhere, as a factor that keeps float32."""
-    return np.where(ties, np.float16(0.5), wins) if ties.any() else wins
-
-
+# Which of the two is larger is a constant of the derivative.
+_gate = primitive(
+    fused.gate, lambda ans, g, x, limit: lambda h: _gate(h, x=x, limit=limit), name="gate"
+)
 maximum = primitive(
     np.maximum,
-    lambda ans, x, y: lambda g: g * _share(x > y, x == y),
-    lambda ans, x, y: lambda g: g * _share(y > x, x == y),
+    lambda ans, x, y: lambda g: _gate(g, x=plain(x), limit=plain(y)),
+    lambda ans, x, y: lambda g: _gate(g, x=plain(y), limit=plain(x)),
 )
 minimum = primitive(
     np.minimum,
-    lambda ans, x, y: lambda g: g * _share(x < y, x == y),
-    lambda ans, x, y: lambda g: g * _share(y < x, x == y),
+    lambda ans, x, y: lambda g: _gate(g, x=plain(y), limit=plain(x)),
+    lambda ans, x, y: lambda g: _gate(g, x=plain(x), limit=plain(y)),
 )
 # exp(x - ans) is the share of x; the where is for x = y = -inf, whose share would be NaN.
 logaddexp = primitive(

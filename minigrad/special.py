@@ -71,14 +71,6 @@ xlogy = primitive(
 )
 
 
-def _logsumexp(x, axis=None, keepdims=False):
-    top = np.max(x, axis=axis, keepdims=True)
-    top = np.where(np.isfinite(top), top, 0).astype(x.dtype)
-    with np.errstate(divide="ignore"):
-        out = np.log(np.sum(np.exp(x - top), axis=axis, keepdims=True)) + top
-    return out if keepdims else np.squeeze(out, axis)[()]
-
-
 def _logsumexp_rule(ans, x, axis=None, keepdims=False):
     # The softmax is exp(x - ans); where all x are -inf it is left at 0, not NaN.
     def pull(g):
@@ -88,7 +80,7 @@ def _logsumexp_rule(ans, x, axis=None, keepdims=False):
     return pull
 
 
-_lse = primitive(_logsumexp, _logsumexp_rule, name="logsumexp")
+_lse = primitive(fused.logsumexp, _logsumexp_rule)
 
 
 def logsumexp(x, axis=None, keepdims=False):
@@ -96,21 +88,15 @@ def logsumexp(x, axis=None, keepdims=False):
     return _lse(_array(x), axis=axis, keepdims=keepdims)
 
 
-def _softmax(x, axis):
-    e = np.exp(x - np.max(x, axis=axis, keepdims=True))
-    return e / np.sum(e, axis=axis, keepdims=True)
-
-
-_softmax_p = primitive(
-    _softmax,
+_softmax = primitive(
+    fused.softmax,
     lambda ans, x, axis: lambda g: ans * (g - np.sum(g * ans, axis=axis, keepdims=True)),
-    name="softmax",
 )
 
 
 def softmax(x, axis=-1):
     r"""Return $e^{x_i} / \sum_j e^{x_j}$ along `axis`."""
-    return _softmax_p(_array(x), axis=axis)
+    return _softmax(_array(x), axis=axis)
 
 
 def _log_softmax_rule(ans, x, axis):

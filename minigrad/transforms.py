@@ -13,7 +13,6 @@ from minigrad.core import (
     has_nan,
     lower,
     new_level,
-    new_node,
     plain,
 )
 
@@ -44,14 +43,17 @@ def vjp(f, *primals, has_aux=False):
     >>> pullback(np.ones(3))
     ({'a': array([2., 2., 2.])},)
     """
-    values, treedef = tree.flatten(primals)
     level = new_level()
-    tracers = []
-    for i, value in enumerate(values):
-        if type(value) is not Tracer:
-            value = _differentiable(value, i, primals)
-        tracers.append(Tracer(value, level, new_node("argument", value)))
-    out = f(*tree.unflatten(treedef, tracers))
+    one = len(primals) == 1 and type(primals[0]) in (np.ndarray, Tracer)
+    if one:  # no tree, which would cost as much again as a small operation
+        treedef, tracers = None, [_argument(primals[0], 0, level, primals)]
+        out = f(*tracers)
+        if type(out) is Tracer and out.level == level and not has_aux:
+            return out.value, _pullback_of_array(tracers[0].node, out.node, out.value)
+    else:
+        values, treedef = tree.flatten(primals)
+        tracers = [_argument(value, i, level, primals) for i, value in enumerate(values)]
+        out = f(*tree.unflatten(treedef, tracers))
     aux = None
     if has_aux:
         if not (isinstance(out, tuple) and len(out) == 2):
@@ -64,32 +66,54 @@ def vjp(f, *primals, has_aux=False):
     inputs = [t.node for t in tracers]
 
     def pullback(cotangent):
-        cotangents, ct_def = tree.flatten(cotangent)
-        if ct_def != out_def:
-            raise TypeError(
-                f"the cotangent has the structure {ct_def}, the result of f has {out_def}; "
-                "they must be the same"
-            )
         total = {}
-        for root, ct, value in zip(roots, cotangents, out_values):
-            if np.shape(ct) != np.shape(value):
-                raise TypeError(
-                    f"a cotangent of shape {np.shape(ct)} for a result of shape {np.shape(value)}; "
-                    "they must be the same"
-                )
+        for root, ct in zip(roots, _like(cotangent, out_def, out_values)):
             if root is not None:
-                if type(ct) is not Tracer and getattr(ct, "dtype", None) != value.dtype:
-                    ct = np.asarray(ct, value.dtype)
                 for serial, g in backward(root, ct).items():
                     total[serial] = total[serial] + g if serial in total else g
-        return tree.unflatten(treedef, _own([_cotangent(total, *node) for node in inputs]))
+        cotangents = _own([_cotangent(total, *node) for node in inputs])
+        return tuple(cotangents) if one else tree.unflatten(treedef, cotangents)
 
     value = tree.unflatten(out_def, out_values)
     return (value, pullback, aux) if has_aux else (value, pullback)
 
 
-def _differentiable(value, i, primals):
-    """Return the leaf `value` as a floating-point array, or say why it cannot be one."""
+def _pullback_of_array(source, root, value):
+    """Return the pull-back from one array to one array."""
+
+    def pullback(ct):
+        if getattr(ct, "shape", None) != value.shape or ct.dtype is not value.dtype:
+            (ct,) = _like(ct, tree.LEAF, [value])
+        g = _cotangent(backward(root, ct), *source)
+        return (g if getattr(g, "base", None) is None else g.copy(),)
+
+    return pullback
+
+
+def _like(cotangent, treedef, values):
+    """Return the leaves of a cotangent of a result with that structure and these leaves."""
+    cotangents, ct_def = tree.flatten(cotangent)
+    if ct_def != treedef:
+        raise TypeError(
+            f"the cotangent has the structure {ct_def}, the result of f has {treedef}; "
+            "they must be the same"
+        )
+    for i, (ct, value) in enumerate(zip(cotangents, values)):
+        if np.shape(ct) != np.shape(value):
+            raise TypeError(
+                f"a cotangent of shape {np.shape(ct)} for a result of shape {np.shape(value)}; "
+                "they must be the same"
+            )
+        dtype = getattr(value, "dtype", float)
+        if type(ct) is not Tracer and getattr(ct, "dtype", None) != dtype:
+            cotangents[i] = np.asarray(ct, dtype)
+    return cotangents
+
+
+def _argument(value, i, level, primals):
+    """Return the leaf `value` as a new tracer, or say why it cannot be differentiated."""
+    if type(value) is Tracer:
+        return Tracer(value, level, (), "argument")
     if isinstance(value, (np.ndarray, np.floating)) and value.dtype.kind == "f":
         array = value
     elif type(value) is float:
@@ -104,7 +128,7 @@ def _differentiable(value, i, primals):
         )
     if _nan_check.get() and has_nan(array):
         raise FloatingPointError(f"argument {tree.paths(primals)[i]} already holds NaN")
-    return array
+    return Tracer(array, level, (), "argument")
 
 
 def _root(leaf, level):
@@ -126,7 +150,7 @@ def _own(cotangents):
     """Copy plain results that are views or shared, so that the caller may write into each."""
     seen = set()
     for i, g in enumerate(cotangents):
-        if type(g) is np.ndarray and (not g.flags.owndata or id(g) in seen):
+        if type(g) is np.ndarray and (g.base is not None or id(g) in seen):
             cotangents[i] = g.copy()
         seen.add(id(g))
     return cotangents
@@ -138,6 +162,8 @@ def _kind(x):
 
 def _choose(f, argnums, args, kwargs):
     """Return `f` as a function of the arguments that `argnums` names alone, and these arguments."""
+    if argnums == 0 and len(args) == 1 and not kwargs:
+        return f, args
     nums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     if not all(-len(args) <= n < len(args) for n in nums):
         raise TypeError(f"argnums={argnums}, but there are {len(args)} positional arguments")
@@ -163,14 +189,14 @@ def value_and_grad(f, argnums=0, has_aux=False):
         of_chosen, chosen = _choose(f, argnums, args, kwargs)
         value, pullback, *aux = vjp(of_chosen, *chosen, has_aux=has_aux)
         container = isinstance(value, (dict, list, tuple, type(None)))
-        if container or np.shape(value) != ():
-            found = _kind(value) if container else f"an array of shape {np.shape(value)}"
+        if container or getattr(value, "shape", ()) != ():
+            found = _kind(value) if container else f"an array of shape {value.shape}"
             raise TypeError(
                 f"grad needs a function that returns one scalar; this one returned {found}. "
                 "Reduce it (np.sum, np.mean), return the rest as aux (has_aux=True), or use "
                 "jacobian or vjp"
             )
-        grads = pullback(np.ones((), getattr(value, "dtype", np.float64)))
+        grads = pullback(np.array(1, getattr(value, "dtype", float)))
         grads = grads[0] if isinstance(argnums, int) else grads
         return ((value, *aux) if has_aux else value), grads
 

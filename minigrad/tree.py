@@ -5,7 +5,10 @@ else that is not a container is a leaf. Dicts are visited in the order of their 
 two dicts with the same keys match whatever the order they were built in.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 __all__ = ["Treedef", "flatten", "leaves", "map", "paths", "unflatten"]
 
@@ -14,7 +17,7 @@ class Treedef(NamedTuple):
     """The structure of a tree: its container type (None for a leaf), keys and children."""
 
     kind: type | None
-    keys: tuple = ()
+    keys: Sequence = ()
     children: tuple = ()
 
     def __str__(self):
@@ -42,14 +45,17 @@ def flatten(tree):
     >>> flatten({"w": 1.0, "b": (2.0, None)})[0]
     [2.0, 1.0]
     """
+    if type(tree) is np.ndarray:
+        return [tree], LEAF
     out = []
     return out, _flatten_into(tree, out)
 
 
+# An array is known for a leaf before it is asked what kind of container it may be: most nodes are.
 def _flatten_into(tree, out):
     kind = type(tree)
     if kind is tuple or kind is list:
-        keys, children = tuple(range(len(tree))), tree
+        keys, children = range(len(tree)), tree
     elif kind is dict:
         try:
             keys = tuple(sorted(tree))
@@ -65,13 +71,23 @@ def _flatten_into(tree, out):
     else:
         out.append(tree)
         return LEAF
-    return Treedef(kind, keys, tuple([_flatten_into(c, out) for c in children]))
+    treedefs = []
+    for child in children:
+        if type(child) is np.ndarray:
+            out.append(child)
+            treedefs.append(LEAF)
+        else:
+            treedefs.append(_flatten_into(child, out))
+    return Treedef(kind, keys, tuple(treedefs))
 
 
 def unflatten(treedef, leaves):
     """Return the tree of structure `treedef` with the given leaves, in the order of `flatten`."""
     leaves = iter(leaves)
-    tree = _build(treedef, leaves)
+    try:
+        tree = _build(treedef, leaves)
+    except StopIteration:
+        raise ValueError("fewer leaves than the structure has places for") from None
     if next(leaves, LEAF) is not LEAF:
         raise ValueError(f"more leaves than the structure {treedef} has places for")
     return tree
@@ -80,13 +96,10 @@ def unflatten(treedef, leaves):
 def _build(treedef, leaves):
     kind = treedef.kind
     if kind is None:
-        try:
-            return next(leaves)
-        except StopIteration:
-            raise ValueError("fewer leaves than the structure has places for") from None
+        return next(leaves)
     if kind is type(None):
         return None
-    children = [_build(c, leaves) for c in treedef.children]
+    children = [next(leaves) if c is LEAF else _build(c, leaves) for c in treedef.children]
     if kind is dict:
         return dict(zip(treedef.keys, children))
     return children if kind is list else tuple(children) if kind is tuple else kind(*children)

@@ -426,6 +426,19 @@ def test_keyword_arguments_reach_the_function():
     np.testing.assert_array_equal(jacobian(f)(np.ones(2), power=3), 3 * np.eye(2))
 
 
+def test_a_primitive_may_take_keyword_constants():
+    def scaled(x, *, by):
+        return by * x
+
+    def moved(x, **by):
+        return x + by["by"]
+
+    double = primitive(scaled, lambda ans, x, by: lambda g: by * g)
+    up = primitive(moved, lambda ans, x, by: lambda g: g)
+    assert double(3.0, by=2) == grad(lambda x: double(x, by=6.0))(1.0) == 6.0
+    assert up(3.0, by=2) == 5.0 and grad(lambda x: up(x * x, by=2))(3.0) == 6.0
+
+
 def test_a_cotangent_takes_the_dtype_of_the_result():
     # The identity has no edge that would cast on the way.
     _, pullback = vjp(lambda x: x, np.ones(2, np.float32))

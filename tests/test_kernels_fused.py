@@ -5,6 +5,7 @@ import pytest
 
 from minigrad import grad, hvp, special
 from minigrad.check import check_grads
+from minigrad.distributions import Normal, kl
 from minigrad.kernels import compiled, fused, transcendental
 
 SHAPES = [(5000,), (70, 71), (3, 40, 50), (9, 1000), (4100, 1), (2, 3), (300, 500)]
@@ -22,7 +23,10 @@ def _cases(rng, shape, dtype):
     x = rng.integers(0, 2, shape).astype(dtype)
     g = rng.standard_normal(shape).astype(dtype)
     one = np.broadcast_to(dtype(-0.7), shape)
+    scale, prior = np.exp(logits / 5), (np.array(0.3, dtype), np.array(1.7, dtype))
     return {
+        "tanh_dx": [(np.tanh(logits), g), (np.tanh(logits), one)],
+        "normal_kl": [(logits, scale, *prior), (logits, scale, logits[0], scale[0])],
         "expit_dx": [(logits, g), (logits, one)],
         "bernoulli_log_prob": [(logits, x), (logits[0], x), (logits, x[-1])],
         "bernoulli_log_prob_dlogits": [
@@ -51,14 +55,32 @@ def test_fused_loops_agree_with_their_twins(monkeypatch, shape, dtype, layout):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gate_is_exact_also_at_ties(monkeypatch, dtype):
+    x = np.random.default_rng(5).integers(-2, 3, (70, 80)).astype(dtype)
+    g = np.random.default_rng(6).standard_normal(x.shape).astype(dtype)
+    for limit in (0, 1.0, x[0], x):
+        share = np.where(x == limit, 0.5, x > limit)
+        got = fused.gate(g, x, limit)
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got, g * share)
+        np.testing.assert_array_equal(_twin(monkeypatch, fused.gate, g, x, limit), got)
+    relu = lambda x: np.sum(g * np.maximum(x, 0))
+    np.testing.assert_array_equal(grad(relu)(x), g * np.where(x == 0, 0.5, x > 0))
+    assert not np.any(hvp(relu, (x,), (g,))[0])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_fused_loops_pass_nan_and_infinities_on(monkeypatch, dtype):
     x = np.random.default_rng(1).standard_normal((100, 60)).astype(dtype)
     x[3, 5], x[4, 6], x[5], x[6, 7] = np.nan, np.inf, -np.inf, -np.inf
     x[7, :2], x[8, 9] = (np.inf, -np.inf), 200
     ones = np.ones_like(x)
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         for name, args in {
             "expit_dx": (x, ones),
+            "tanh_dx": (x, x),
+            "gate": (x, x, 0.5),
+            "normal_kl": (x, x, np.array(0, dtype), np.array(1, dtype)),
             "bernoulli_log_prob": (x, ones),
             "bernoulli_log_prob_dlogits": (x, ones, x),
             "log_softmax": (x,),
@@ -99,6 +121,21 @@ def test_primitives_on_large_arrays_are_differentiable_twice(dtype):
     total = grad(lambda a: np.sum(special.bernoulli_log_prob(a, x)))
     np.testing.assert_allclose(total(a), x - s, **tolerance)
 
+    def hyperbolic(a):
+        return np.sum(w * np.tanh(a))
+
+    t = np.tanh(a.astype(float))
+    np.testing.assert_allclose(grad(hyperbolic)(a), w * (1 - t * t), **tolerance)
+    twice = -2 * w * t * (1 - t * t) * v
+    np.testing.assert_allclose(hvp(hyperbolic, (a,), (v,))[0], twice, **tolerance)
+
+    def divergence(q):
+        loc, scale = q
+        return np.sum(kl(Normal(loc, scale), Normal(0.0, 1.0)))
+
+    for got, exact in zip(grad(divergence)((a, np.exp(a))), (a, np.exp(a) - np.exp(-a))):
+        np.testing.assert_allclose(got, exact, **tolerance)
+
     def categorical(a):
         return np.sum(w * special.log_softmax(a))
 
@@ -127,6 +164,9 @@ def test_loops_agree_with_plain_python():
     rows, columns = np.empty(12, np.int64), np.empty_like(flat)
     cases = {
         "expit_dx": [flat, noise, columns],
+        "tanh_dx": [flat, noise, columns],
+        "gate": [flat, noise, flat[3], columns],
+        "normal_kl": [flat, np.exp(noise), flat[0], np.exp(flat[1]), columns],
         "bernoulli_log_prob": [flat, b.ravel()[:21], columns],
         "bernoulli_log_prob_dlogits": [flat[:12], b.ravel(), one, columns],
         "log_softmax_dx": [np.ascontiguousarray(transcendental.tanh(x)), n, work],

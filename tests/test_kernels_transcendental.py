@@ -108,6 +108,18 @@ def test_bits_of_elementwise_loops_do_not_depend_on_threads():
             assert np.array_equal(one, getattr(transcendental, name)(x), equal_nan=True)
 
 
+@needs_loops
+def test_tanh_is_odd_to_the_bit():
+    # So what the recorded sweep says of one half of the numbers holds of the other.
+    sparse = hasattr(compiled.load("transcendental_numba").exp, "py_func")
+    x = _floats(0, 2**31, 1021 if sparse else 2**31 // 20_000)
+    with np.errstate(invalid="ignore"):
+        y, z = transcendental.tanh(x), transcendental.tanh(-x)
+    assert np.array_equal(np.isnan(y), np.isnan(x))
+    kept = ~np.isnan(x)
+    np.testing.assert_array_equal((-y[kept]).view(np.uint32), z[kept].view(np.uint32))
+
+
 if __name__ == "__main__":
     for name in FUNCTIONS:
         step = 2**24

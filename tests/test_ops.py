@@ -15,6 +15,7 @@ import scipy.special as sc
 from minigrad import grad, linalg, special, tree, vjp
 from minigrad.check import check_grads
 from minigrad.core import PRIMITIVES
+from minigrad.distributions import Normal, kl
 
 REAL, POSITIVE, UNIT = (-2.0, 2.0), (0.3, 3.0), (0.1, 0.9)
 UNARY_SHAPES = [(), (0,), (2, 3)]
@@ -86,8 +87,10 @@ CASES = {
     "cos": elementwise(np.cos, REAL),
     "tanh": elementwise(np.tanh, REAL),
     "arctan": elementwise(np.arctan, REAL),
-    "maximum": elementwise(np.maximum, REAL, REAL),
+    "tanh_dx": elementwise(PRIMITIVES["tanh_dx"], REAL, REAL),
+    "maximum": elementwise(np.maximum, REAL, REAL) + elementwise(lambda x: np.maximum(0, x), REAL),
     "minimum": elementwise(np.minimum, REAL, REAL),
+    "gate": array(lambda g: PRIMITIVES["gate"](g, x=np.array([-1.0, 0.0, 2.0]), limit=0), (2, 3)),
     "logaddexp": elementwise(np.logaddexp, REAL, REAL),
     "where": array(lambda x, y: np.where(WHERE, x * y, y * y), (2, 3), (3,)),
     "clip": elementwise(lambda x: np.clip(x, -0.5, 0.7), REAL)
@@ -118,6 +121,10 @@ CASES = {
         PRIMITIVES["bernoulli_log_prob_dlogits"], REAL, UNIT, REAL
     ),
     "expit_dx": elementwise(PRIMITIVES["expit_dx"], REAL, REAL),
+    "normal_kl": elementwise(
+        lambda m, s, t: kl(Normal(m, s), Normal(0.4, t)), REAL, POSITIVE, POSITIVE
+    )
+    + elementwise(lambda m, n, t: kl(Normal(m, 1.3), Normal(n, t)), REAL, REAL, POSITIVE),
     "sum": axes(np.sum) + axes(lambda x, **k: x.sum(**k)) + [(np.add.reduce, (np.ones((2, 3)),))],
     "mean": axes(np.mean)[:-2] + axes(lambda x, **k: x.mean(**k))[:-2],
     "var": axes(np.var)[:-2] + array(lambda x: np.var(x, axis=1, ddof=1), (2, 3)),

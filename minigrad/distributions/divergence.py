@@ -2,9 +2,11 @@
 
 import numpy as np
 
+from minigrad.core import primitive
 from minigrad.distributions.base import finite, floats
 from minigrad.distributions.continuous import Beta, Gamma, Gumbel, LogitNormal, LogNormal, Normal
 from minigrad.distributions.discrete import Bernoulli, Categorical
+from minigrad.kernels import fused
 from minigrad.special import betaln, digamma, expit, gammaln, log_sigmoid, log_softmax, softmax
 
 _KL = {}
@@ -35,11 +37,17 @@ def _closed_form(*kinds):
     return decorator
 
 
+_normal = primitive(
+    fused.normal_kl,
+    lambda ans, m, s, loc_p, scale_p: lambda g: g * ((m - loc_p) / (scale_p * scale_p)),
+    lambda ans, m, s, loc_p, scale_p: lambda g: g * ((s / scale_p - scale_p / s) / scale_p),
+    lambda ans, m, s, loc_p, scale_p: lambda g: g * ((loc_p - m) / (scale_p * scale_p)),
+    lambda ans, m, s, loc_p, scale_p: (
+        lambda g: g * ((1 - ((m - loc_p) ** 2 + s * s) / (scale_p * scale_p)) / scale_p)
+    ),
+)
 # A bijection changes no divergence: that of two log-normals is that of the two normals.
-@_closed_form(Normal, LogNormal, LogitNormal)
-def _kl_normal(loc_q, scale_q, loc_p, scale_p):
-    ratio = scale_q / scale_p
-    return 0.5 * (((loc_q - loc_p) / scale_p) ** 2 + (ratio - 1) * (ratio + 1)) - np.log(ratio)
+_closed_form(Normal, LogNormal, LogitNormal)(_normal)
 
 
 @_closed_form(Gumbel)

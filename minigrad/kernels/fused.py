@@ -22,6 +22,43 @@ def expit_dx(x, g):
     return spread(fast.expit_dx, np.empty(x.shape, x.dtype), x, g)
 
 
+def tanh_dx(y, g):
+    r"""Return $g (1 - y^2)$, the pull-back of the cotangent $g$ of $y = \tanh x$."""
+    fast = loops(y, g)
+    if fast is None:
+        return g * (1 - y * y)
+    return spread(fast.tanh_dx, np.empty(y.shape, y.dtype), y, g)
+
+
+def gate(g, x, limit):
+    """Return g where x > limit, half of it where they are equal, 0 times it elsewhere.
+
+    The pull-back of a maximum; the loop is for a `limit` that is one number.
+    """
+    fast = loops(x, g) if type(limit) in (int, float) else None
+    if fast is None:
+        ties = x == limit
+        return g * (np.where(ties, np.float16(0.5), x > limit) if ties.any() else x > limit)
+    kernel = lambda x, g, out: fast.gate(x, g, np.float32(limit), out)
+    return spread(kernel, np.empty(x.shape, x.dtype), x, g)
+
+
+def normal_kl(loc_q, scale_q, loc_p, scale_p):
+    r"""Return $\frac{1}{2}(z^2 + r^2 - 1) - \log r$, the divergence of two normals.
+
+    $z = (\mu_q - \mu_p) / \sigma_p$ and $r = \sigma_q / \sigma_p$. The loop is for one
+    prior p for all, and takes a third of the time.
+    """
+    shared = loc_p.shape == scale_p.shape == () and loc_p.dtype == scale_p.dtype == np.float32
+    fast = loops(loc_q, scale_q) if shared else None
+    if fast is None:
+        ratio = scale_q / scale_p
+        half = 0.5 * (((loc_q - loc_p) / scale_p) ** 2 + (ratio - 1) * (ratio + 1))
+        return half - np.log(ratio)
+    kernel = lambda loc, scale, out: fast.normal_kl(loc, scale, loc_p[()], scale_p[()], out)
+    return spread(kernel, np.empty(loc_q.shape, loc_q.dtype), loc_q, scale_q)
+
+
 def bernoulli_log_prob(logits, x):
     r"""Return $x a - \log(1 + e^a)$ elementwise, for logits $a$."""
     larger = _larger(logits, x)
@@ -51,14 +88,26 @@ def _larger(a, b):
     return larger if larger.shape[larger.ndim - other.ndim :] == other.shape else None
 
 
+def logsumexp(x, axis=None, keepdims=False):
+    r"""Return $\log \sum_i e^{x_i}$ over `axis`, in NumPy."""
+    top = np.max(x, axis=axis, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0).astype(x.dtype)
+    with np.errstate(divide="ignore"):
+        out = np.log(np.sum(np.exp(x - top), axis=axis, keepdims=True)) + top
+    return out if keepdims else np.squeeze(out, axis)[()]
+
+
+def softmax(x, axis):
+    r"""Return $e^{x_i} / \sum_j e^{x_j}$ along `axis`, in NumPy."""
+    e = np.exp(x - np.max(x, axis=axis, keepdims=True))
+    return e / np.sum(e, axis=axis, keepdims=True)
+
+
 def log_softmax(x, axis=-1):
     r"""Return $x_i - \log \sum_j e^{x_j}$ along `axis`; loops only along the last one."""
     fast = _row_loops(axis, x)
     if fast is None:
-        top = np.max(x, axis=axis, keepdims=True)
-        top = np.where(np.isfinite(top), top, 0).astype(x.dtype)
-        with np.errstate(divide="ignore"):
-            return x - (np.log(np.sum(np.exp(x - top), axis=axis, keepdims=True)) + top)
+        return x - logsumexp(x, axis, keepdims=True)
     x = np.ascontiguousarray(x)
     out = np.empty_like(x)
     rows, to, size = _rows(x), _rows(out), _rows_at_once(x)

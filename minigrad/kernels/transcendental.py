@@ -22,27 +22,27 @@ BLOCK = 1 << 16
 
 def exp(x):
     """Return $e^x$ elementwise."""
-    return _apply("exp", np.exp, x)
+    return _large("exp", np.exp, x) if getattr(x, "size", 0) >= SMALL else np.exp(x)
 
 
 def log(x):
     r"""Return $\log x$ elementwise."""
-    return _apply("log", np.log, x)
+    return _large("log", np.log, x) if getattr(x, "size", 0) >= SMALL else np.log(x)
 
 
 def tanh(x):
     r"""Return $\tanh x$ elementwise."""
-    return _apply("tanh", np.tanh, x)
+    return _large("tanh", np.tanh, x) if getattr(x, "size", 0) >= SMALL else np.tanh(x)
 
 
 def expit(x):
     r"""Return $1 / (1 + e^{-x})$ elementwise."""
-    return _apply("expit", _expit, x)
+    return _large("expit", _expit, x) if getattr(x, "size", 0) >= SMALL else _expit(x)
 
 
 def softplus(x):
     r"""Return $\log(1 + e^x)$ elementwise, without overflow."""
-    return _apply("softplus", _softplus, x)
+    return _large("softplus", _softplus, x) if getattr(x, "size", 0) >= SMALL else _softplus(x)
 
 
 def loops(*arrays):
@@ -76,8 +76,8 @@ def spread(kernel, out, *inputs):
     return out
 
 
-def _apply(name, twin, x):
-    fast = loops(x) if type(x) is np.ndarray and x.size >= SMALL else None
+def _large(name, twin, x):
+    fast = loops(x)
     if fast is None:
         return twin(x)
     return spread(getattr(fast, name), np.empty(x.shape, np.float32), x)

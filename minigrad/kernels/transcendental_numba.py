@@ -177,6 +177,35 @@ def expit_dx(x, g, out):
 
 
 @njit
+def tanh_dx(y, g, out):
+    for i in range(y.size):
+        out[i] = g[i] * (ONE - y[i] * y[i])
+
+
+@njit
+def gate(x, g, limit, out):
+    """g, half of it, or 0 times it, where x is above, at, or below the limit, a float32."""
+    for i in range(x.size):
+        v = x[i]
+        above = ONE if v > limit else ZERO
+        out[i] = g[i] * (HALF if v == limit else above)
+
+
+@njit
+def normal_kl(loc, scale, loc_p, scale_p, out):
+    """loc, scale (N,) those of q; loc_p, scale_p float32: (r^2 - 1 + z^2) / 2 - log r."""
+    for i in range(loc.size):
+        z = (loc[i] - loc_p) / scale_p
+        r = scale[i] / scale_p
+        small = r < SUBNORMAL
+        f, k = _split(r * (TWO_23 if small else ONE))
+        log_r = _log_1p(f, k - (TWENTY_THREE if small else ZERO))
+        log_r = log_r if r > ZERO else (NEG_INF if r == ZERO else NAN)
+        log_r = log_r if r < INF else r
+        out[i] = HALF * (z * z + (r - ONE) * (r + ONE)) - log_r
+
+
+@njit
 def bernoulli_log_prob(logits, x, out):
     """out (N,); logits and x (N,), or one of them a part of it that is to be repeated."""
     n = min(logits.size, x.size)
