@@ -1626,6 +1626,9 @@ def test_flow_planar_step_with_a_free_direction_folds_the_plane():
 
 # %%
 from chapters import records
+from chapters.ch05_vae import recorded_conv_params
+from minigrad import random, value_and_grad
+from minigrad.data import binarize, digits
 
 
 def recorded(run, name, flows):
@@ -1729,6 +1732,17 @@ def test_flow_families_fitted_to_points_beat_the_best_normal_law(record):
 # times the samples can tell, the model itself got better. Both models were trained for 1,500 steps
 # only, and in the curves the lead of the flow is larger half-way than at the end. (The claim about
 # the marginal likelihood is Chapter 11's.)
+#
+# On binarised MNIST one pair was trained, 12,000 steps of 100 images, seed 0, in 3,056 s for both.
+# On 1,000 random test images $\hat L_M$ at $M = 1{,}000$ is $-93.3$ nats without the flow and
+# $-91.3$ with it; image by image the gain is 2.02 nats with a standard error of 0.09. One pair says
+# nothing of how much another start would change. On the 100 images with 10,000 samples the gain is
+# 1.70 (0.30), against 1.81 at $M = 1{,}000$.
+#
+# What the bound alone can gain is seen if the model is held fixed. Below, two flow steps are put
+# behind the *trained* encoder of Chapter 5, and nothing but them is trained, for three seconds: the
+# same decoder, the same likelihood, and an ELBO that is higher by 0.05 nats, a sixth of the
+# approximation gap that Chapter 5 found.
 
 
 # %%
@@ -1756,6 +1770,40 @@ def test_flow_in_the_encoder_raises_the_bound_on_digits(record):
     change = np.mean(matched[10_000] - matched[1000])
     record("the same 50 images: gain at M = 10,000 minus gain at M = 1,000, nats", change)
     assert abs(change) < 0.1 * np.mean(matched[1000])
+
+
+def test_flow_in_the_encoder_raises_the_likelihood_of_binarised_mnist(record):
+    arrays = records.load("flow_vae_binarized_mnist")["arrays"]
+    gain = lambda M, n: np.subtract(
+        arrays[f"flow_0_{M}"][:n], arrays[f"plain_0_{M}"][:n], dtype=np.float64
+    )
+    for M, n in ((1000, 1000), (10_000, 100)):
+        error = np.std(gain(M, n), ddof=1) / np.sqrt(n)
+        record(f"binarised MNIST, M = {M:,}, {n} images: gain by the flow, nats", gain(M, n).mean())
+        record(f"binarised MNIST, M = {M:,}: its standard error over images", error)
+        assert np.mean(gain(M, n)) > 5 * error
+    assert np.mean(gain(1000, 100) - gain(10_000, 100)) < 0.1 * np.mean(gain(1000, 100))
+
+
+def test_flow_behind_a_trained_encoder_tightens_the_bound(record):
+    trained, data = recorded_conv_params("conv_discrete_digits"), digits()
+    x = binarize(data.x_test, np.random.default_rng(1))
+    encoder = flow_encoder_init(np.random.default_rng(0), trained["encoder"], 2, 64, 16)
+    flow = {"flow": encoder["flow"], "context": encoder["context"]}
+    with_flow = lambda flow: trained | {"encoder": trained["encoder"] | flow}
+    bound = lambda flow, x, noise: flow_log_weights(with_flow(flow), x, noise)
+    descend = value_and_grad(lambda flow, *batch: -np.mean(bound(flow, *batch)))
+    optimizer, rng = adam(cosine_decay(1e-2, 400)), np.random.default_rng(2)
+    state = optimizer.init(flow)
+    for _ in range(400):
+        images = binarize(data.x_train[rng.integers(len(data.x_train), size=50)], rng)
+        _, grads = descend(flow, images, random.normal(rng, (50, 20), np.float32))
+        flow, state = optimizer.update(grads, state, flow)
+    noise = random.normal(np.random.default_rng(3), (20, len(x), 20), np.float32)
+    gain = np.mean(bound(flow, x, noise) - bound(flow | {"flow": []}, x, noise), axis=0)
+    error = np.std(gain, ddof=1) / np.sqrt(len(gain))
+    record("digits, decoder fixed: gain of the ELBO by two steps of flow, nats", np.mean(gain))
+    assert np.mean(gain) > max(0.03, 4 * error)
 
 
 # %% [markdown]
