@@ -12,8 +12,8 @@ from chapters.ch11_autoregressive import pixelcnn_init
 from chapters.ch13_vq import (
     code_log_prob,
     code_prior_init,
-    codes_of,
     codebook_from,
+    codes_of,
     cost_of_permuting,
     gaussian_terms,
     grid_decode,
@@ -155,15 +155,13 @@ def vq_vae(config, data, rng):
 
 
 def vq_variants(config, data, rng):
-    """VQ-VAEs by weight of commitment, by start of the codebook, and by how it follows: their size,
-    quantisation error and perplexity."""
+    """VQ-VAEs by weight of commitment and care for the codebook: length of z_e, perplexity."""
     made = vq_networks(config, data, rng)  # one start for all
     published = made | {"codebook": uniform_codebook(rng, config["K"], config["D"])}
     loss = {"beta": config["beta"]}
     ways = {
         **{f"beta={beta:g}": (made, {"beta": beta}) for beta in config["betas"]},
         "small": (published, loss),
-        "small_averages": (published, loss | {"averages": True}),
         "small_revived": (published, loss | {"averages": True, "revived": True}),
         "data_averages": (made, loss | {"averages": True}),
         "data_revived": (made, loss | {"averages": True, "revived": True}),
@@ -232,17 +230,23 @@ def vq_collapse(config, data, rng):
     pixels |= {"first": config["first"]}
     state, steps = {}, {}
 
-    def elbo_loss(params, x, rng):
+    def elbo_loss(params, x, weight, rng):
         shape = grid_encode(params["encoder"], x[:1]).shape[1:3]
         noise = random.normal(rng, (len(x), *shape, D), x.dtype)
         reconstruction, kl, _ = gaussian_terms(params, x, noise)
-        return np.mean(kl - reconstruction), {"kl": np.mean(kl)}
+        return np.mean(weight * kl - reconstruction), {"kl": np.mean(kl)}
 
-    def gaussian_step(state, rng):
-        x = batch_of(data.x_train, config["batch"], rng)
-        (_, shown), grads = value_and_grad(elbo_loss, has_aux=True)(state["params"], x, rng)
-        params, inner = optimizer.update(grads, state["optimizer"], state["params"])
-        return {"params": params, "optimizer": inner}, shown
+    def gaussian_step(warm_up):
+        gradient = value_and_grad(elbo_loss, has_aux=True)
+
+        def step(state, rng):
+            x = batch_of(data.x_train, config["batch"], rng)
+            weight = min(1.0, (int(state["optimizer"]["step"]) + 1) / warm_up)
+            (_, shown), grads = gradient(state["params"], x, weight, rng)
+            params, inner = optimizer.update(grads, state["optimizer"], state["params"])
+            return {"params": params, "optimizer": inner}, shown
+
+        return step
 
     for decoder in ("pixels", "plain"):
         more = {"pixels": pixelcnn_init(rng, **pixels)} if decoder == "pixels" else {}
@@ -253,7 +257,9 @@ def vq_collapse(config, data, rng):
         )
         params = networks(config, data, rng, codes=False) | more
         state[f"normal_{decoder}"] = {"params": params, "optimizer": optimizer.init(params)}
-        steps[f"normal_{decoder}"] = gaussian_step
+        steps[f"normal_{decoder}"] = gaussian_step(1)
+    state["warm-up_pixels"] = state["normal_pixels"]
+    steps["warm-up_pixels"] = gaussian_step(config["warm_up"])
 
     def step(state, rng):
         new, shown = {}, {}
@@ -297,27 +303,29 @@ RUNS = {
         {
             "digits": {},
             "binarized_mnist": {"stride": 4, "capacity": 64, "depth": 3, "K": 128, "D": 32}
-            | {"batch": 100, "learning_rate": 1e-3, "vq_steps": 6000, "steps": 12_000}
+            | {"batch": 100, "learning_rate": 1e-3, "vq_steps": 4000, "steps": 7500}
             | {"prior_channels": 64, "prior_depth": 5, "prior_learning_rate": 1e-3}
             | {"eval_every": 1000},
         },
     ),
     "vq_variants": Run(
         vq_variants,
-        SETTINGS | SMALL | {"K": 32, "betas": [0.0, 0.02, 0.25, 2.0], "steps": 1000},
+        SETTINGS
+        | SMALL
+        | {"K": 32, "capacity": 8, "depth": 1, "betas": [0.0, 0.25, 2.0], "steps": 800},
         {"digits": {}},
     ),
     "vq_plane": Run(
         vq_plane,
-        SETTINGS | SMALL | {"D": 2, "steps": 1500, "snapshots": [1, 50, 250, 1500]},
+        SETTINGS | SMALL | {"D": 2, "steps": 800, "snapshots": [1, 50, 200, 800]},
         {"digits": {}},
     ),
     "vq_collapse": Run(
         vq_collapse,
         SETTINGS
         | SMALL
-        | {"stride": 4, "channels": 32, "pixel_depth": 1, "first": 15, "steps": 1500}
-        | {"eval_every": 50},
+        | {"stride": 4, "depth": 1, "D": 2, "learning_rate": 4e-3, "steps": 1000, "warm_up": 500}
+        | {"channels": 16, "pixel_depth": 1, "first": 15},
         {"digits": {}},
     ),
 }
