@@ -1626,9 +1626,6 @@ def test_flow_planar_step_with_a_free_direction_folds_the_plane():
 
 # %%
 from chapters import records
-from chapters.ch05_vae import recorded_conv_params
-from minigrad import random, value_and_grad
-from minigrad.data import binarize, digits
 
 
 def recorded(run, name, flows):
@@ -1746,6 +1743,11 @@ def test_flow_families_fitted_to_points_beat_the_best_normal_law(record):
 
 
 # %%
+from chapters.ch05_vae import recorded_conv_params
+from minigrad import random, value_and_grad
+from minigrad.data import binarize, digits
+
+
 def test_flow_in_the_encoder_raises_the_bound_on_digits(record):
     run = records.load("flow_vae_digits")
     curves, scalars = run["curves"], run["scalars"]
