@@ -853,7 +853,7 @@ def test_minigrad_agrees_with_the_gradient_by_hand():
 #
 # | on your tape | in `minigrad` | what is different |
 # |---|---|---|
-# | `Var` | `Tracer` and its `node` | the node has no value: an array lives only while a rule needs it |
+# | `Var` | `Tracer` and its `node` | no value in a node: arrays live only while a rule needs them |
 # | `operation` | `primitive` | a rule gives a pull-back {eq}`eq-pullback`, not a number |
 # | `add`, …, `tanh` | `elementwise.py`, `arrays.py`, … | the same table, longer |
 # | `Var.__add__`, … | `__array_ufunc__`, … | NumPy's own `np.exp(x)` finds its rule |

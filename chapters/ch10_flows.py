@@ -937,8 +937,8 @@ def flow_log_weights(params, x, noise):
 # The two planar steps first, by hand and with minigrad, for random cotangents.
 
 # %%
-from chapters.ch05_vae import conv_encode, conv_vae_init, elbo_sampled
-from minigrad import grad, jacobian, vjp
+from chapters.ch05_vae import conv_encode, conv_vae_init, elbo_sampled, recorded_conv_params
+from minigrad import grad, jacobian, random, value_and_grad, vjp
 from minigrad.check import check_density, check_grads, check_logdet, check_unbiased
 from minigrad.special import ndtr, ndtri
 
@@ -1743,11 +1743,6 @@ def test_flow_families_fitted_to_points_beat_the_best_normal_law(record):
 
 
 # %%
-from chapters.ch05_vae import recorded_conv_params
-from minigrad import random, value_and_grad
-from minigrad.data import binarize, digits
-
-
 def test_flow_in_the_encoder_raises_the_bound_on_digits(record):
     run = records.load("flow_vae_digits")
     curves, scalars = run["curves"], run["scalars"]
@@ -1788,6 +1783,8 @@ def test_flow_in_the_encoder_raises_the_likelihood_of_binarised_mnist(record):
 
 
 def test_flow_behind_a_trained_encoder_tightens_the_bound(record):
+    from minigrad.data import binarize, digits
+
     trained, data = recorded_conv_params("conv_discrete_digits"), digits()
     x = binarize(data.x_test, np.random.default_rng(1))
     encoder = flow_encoder_init(np.random.default_rng(0), trained["encoder"], 2, 64, 16)
