@@ -194,10 +194,11 @@ def draw_table(name):
     edges = [0]
     for width in widths:
         edges.append(edges[-1] + (width + 2 if width else 0))
-    wide = int(1.2 * edges[-1])  # of smaller letters
+    across = max(6.4, 0.072 * edges[-1])
+    wide = int(16 * across)  # letters in a line below
     below = [line for text in _below(table, found) for line in textwrap.wrap(text, wide)]
     n = len(texts) + len(below) + 1
-    fig, ax = plt.subplots(figsize=(max(6.4, 0.072 * edges[-1]), 0.185 * n + 0.3))
+    fig, ax = plt.subplots(figsize=(across, 0.185 * n + 0.3))
     ax.set_axis_off()
     ax.set(xlim=(0, edges[-1]), ylim=(n, -0.5))
     ax.set_title(table.title, loc="left", weight="bold")
