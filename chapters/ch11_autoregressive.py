@@ -524,6 +524,44 @@ def test_ar_derivatives_pass_finite_differences(name):
 
 
 # %% [markdown]
+# The gated model once more, one pixel at a time: sums over taps as {eq}`eq-ar-gated` has them, with
+# neither padding nor shifts.
+
+
+# %%
+def test_ar_gated_model_is_its_equation_pixel_by_pixel():
+    params, (H, W) = small_gated(channels=2, depth=3), (4, 5)
+    images = np.random.default_rng(6).standard_normal((2, 1, H, W))
+    sigma = lambda s: 1 / (1 + np.exp(-s))
+
+    def taps(layer, values, r, c, first_row, first_column):
+        w, total = layer["w"], layer["b"].copy()
+        for k, l in np.ndindex(w.shape[2:]):
+            i, j = r + first_row + k, c + first_column + l
+            if 0 <= i < H and 0 <= j < W:
+                total += w[:, :, k, l] @ values[:, i, j]
+        return total
+
+    def at_each(f):
+        return np.array([[f(r, c) for c in range(W)] for r in range(H)]).transpose(2, 0, 1)
+
+    def gated(s):
+        return np.tanh(s[:2]) * sigma(s[2:])
+
+    for image, found in zip(images, gated_pixelcnn(params, images)):
+        v = h = image
+        for l, p in enumerate(params["blocks"]):
+            tall = at_each(lambda r, c: taps(p["window"], v, r, c, -1, -1))  # rows r - 1 and r
+            left_of = at_each(lambda r, c: taps(p["left"], h, r, c, 0, -1 if l else -2))
+            above = at_each(lambda r, c: taps(p["down"], tall, r, c, -1, 0))
+            step = at_each(lambda r, c: taps(p["out"], gated(left_of + above), r, c, 0, 0))
+            v, h = gated(tall), h + step if l else step
+        hidden = np.maximum(at_each(lambda r, c: taps(params["head"], h, r, c, 0, 0)), 0)
+        logits = at_each(lambda r, c: taps(params["last"], hidden, r, c, 0, 0))
+        np.testing.assert_allclose(found, logits, rtol=1e-10, atol=1e-12)
+
+
+# %% [markdown]
 # ### Causality
 #
 # That the derivatives at and after each pixel vanish is one half of the claim, and a network that
@@ -758,6 +796,74 @@ def test_ar_free_bits_silence_the_gradient_of_the_rate():
     assert largest(gradient(free_bits=1e3), only) < 1e-12
     assert largest(gradient(free_bits=0.0), only) > 1e-3
     assert largest(gradient(warm_up=10**9), only) < 1e-6  # beta nearly 0
+
+
+# %% [markdown]
+# ### What is trained
+#
+# The objective is what its formula says, at every stage of the warm-up, with some latents above
+# their free bits and some below; all of its derivative reaches the parameters; and a step is one of
+# ascent, on fresh bits of images from the whole set.
+
+
+# %%
+def test_ar_objective_is_its_formula_at_every_stage_of_the_warm_up():
+    params, x = small_pixelvae(4, latents=3)
+    params["encoder"]["log_var"]["b"] = np.array([-1.0, -0.5, 0.0])  # three unlike rates
+    noise = random.normal(np.random.default_rng(8), (5, 3), x.dtype)
+    distortion, rates = pixelvae_terms(params, x, noise)
+    V, R = np.mean(distortion), np.mean(rates, axis=0)
+    for kappa in (0.0, np.median(R)):
+        charged = sum(max(kappa, r) for r in R)
+        for t, warm_up, beta in [(0, 0, 1), (0, 10, 0.1), (4, 10, 0.5), (9, 10, 1), (50, 10, 1)]:
+            value, shown = pixelvae_objective(
+                params, x, np.random.default_rng(8), t, warm_up=warm_up, free_bits=kappa
+            )
+            assert value == pytest.approx(-V - beta * charged, rel=1e-12)
+            assert shown == {"rate": pytest.approx(sum(R)), "distortion": pytest.approx(V)}
+    by_image = np.mean(np.sum(np.maximum(rates, kappa), axis=1))
+    assert by_image > charged + 1e-3 < charged - max(3 * kappa, sum(R))  # others than the text's
+    value, shown = likelihood_objective(params["pixels"], x, None, 0)
+    assert value == shown["log_likelihood"]
+    assert value == pytest.approx(np.mean(log_likelihood(params["pixels"], x)), rel=1e-12)
+
+
+def test_ar_all_of_the_objective_reaches_the_parameters():
+    params, x = small_pixelvae(5, latents=2)
+    check_grads(
+        lambda params: pixelvae_objective(params, x, np.random.default_rng(8), 0)[0],
+        (params,), order=1,
+    )  # fmt: skip
+
+
+def test_ar_training_step_ascends_on_fresh_bits_of_all_images():
+    images = np.full((40, 1, 3, 3), 0.3)  # six pixels hold the number of the image, three are drawn
+    images.reshape(40, 9)[:, :6] = np.arange(40)[:, None] >> np.arange(6) & 1
+    seen, steps = [], []
+
+    def objective(params, x, _rng, t):
+        seen.append(x.reshape(-1, 9))
+        steps.append(t)
+        value = np.sum(params["w"] * np.mean(x, axis=0))
+        return value, {"value": value}
+
+    optimizer, rng = adam(0.1), np.random.default_rng(10)
+    step = training_step(objective, optimizer, images, 20)
+    w = {"w": np.zeros((1, 3, 3))}
+    inner = optimizer.init(w)
+    state = {"params": w, "optimizer": optimizer.init(w), "t": 0}
+    for t in range(40):
+        before = state["params"]["w"]
+        state, shown = step(state, rng)
+        mean = np.mean(seen[-1], axis=0).reshape(1, 3, 3)
+        w, inner = optimizer.update({"w": -mean}, inner, w)  # down the slope of the negative
+        assert shown["value"] == pytest.approx(np.sum(before * mean), rel=1e-12, abs=1e-12)
+    np.testing.assert_allclose(state["params"]["w"], w["w"], rtol=1e-12)
+    assert steps == list(range(40)) and state["t"] == 40
+    bits = np.concatenate(seen)
+    assert len(bits) == 800 and set(np.unique(bits)) == {0.0, 1.0}
+    assert set(bits[:, :6] @ 2 ** np.arange(6)) == set(range(40))
+    assert np.max(np.abs(np.mean(bits[:, 6:], axis=0) - 0.3)) < 4.5 * np.sqrt(0.3 * 0.7 / 800)
 
 
 # %% [markdown]
@@ -1017,6 +1123,15 @@ def paired_gain(run, base, name="log_evidence"):
     return np.mean(gains), np.std(gains, ddof=1) / np.sqrt(len(gains))
 
 
+def test_ar_shares_and_paired_gains_by_hand():
+    # Neighbours that lie in an image of 8 x 8: 7 * 7 upper left, 8 * 7 above, ..., of 64 * 63 / 2.
+    assert share_seen(0, 0) == 0 and share_seen(15, 1) == 1
+    assert share_seen(3, 0) == pytest.approx(2 * (7 * 7 + 8 * 7) / (64 * 63 / 2))
+    run, base = ({"arrays": {"log_evidence": np.array(v)}} for v in ([1.0, 2, 3, 6], [1.0, 1, 1, 1]))
+    gain, error = paired_gain(run, base)
+    assert gain == 2 and error == pytest.approx(np.sqrt((4 + 1 + 0 + 9) / 3 / 4))
+
+
 @claim("P5")
 def test_ar_latents_collapse_behind_an_autoregressive_decoder(record):
     run, plain = cured("none"), cured("no-pixels")
@@ -1052,6 +1167,9 @@ def test_ar_active_units_and_rates_agree(record):
         rates, active = run["arrays"]["rates"], run["scalars"]["active_units"]
         record(f"{cure}: active units of {len(rates)}", active)
         record(f"{cure}: largest rate of a latent, nats", np.max(rates))
+        parts = run["scalars"]["rate"] + run["scalars"]["test_distortion"]
+        assert run["scalars"]["rate"] == pytest.approx(np.sum(rates), abs=1e-5)
+        assert abs(run["scalars"]["elbo"] + parts) < 0.5  # the distortion is from one sample each
     assert cured("none")["scalars"]["active_units"] == 0
     assert np.max(cured("none")["arrays"]["rates"]) < 0.01
     assert cured("no-pixels")["scalars"]["active_units"] == 8
@@ -1220,6 +1338,17 @@ def tile(images, columns):
     padded = np.pad(images, ((0, 0), (0, 1), (0, 1)), constant_values=0.5)
     rows = padded.reshape(n // columns, columns, H + 1, W + 1).swapaxes(1, 2)
     return rows.reshape(n // columns * (H + 1), -1)[:-1, :-1]
+
+
+def test_ar_images_are_unpacked_and_laid_side_by_side():
+    images = small_images(6, 5)
+    run = {"arrays": {"drawn": np.packbits(images.astype(bool), axis=-1)}}
+    np.testing.assert_array_equal(unpacked(run, "drawn"), images[:, 0])
+    laid = tile(images[:, 0], 3)
+    assert laid.shape == (11, 17)
+    for n in range(6):
+        r, c = divmod(n, 3)
+        np.testing.assert_array_equal(laid[6 * r :, 6 * c :][:5, :5], images[n, 0])
 
 
 def figure_pixelcnn_samples():
