@@ -144,7 +144,8 @@
 # | codebook term | 0 | 0 | $2 \sum (e_k - z_e)$ |
 # | commitment term | 0 | $2 \beta (z_e - z_q)$ | 0 |
 #
-# and each zero is a test below. The loss is not minus a bound: the two squares are tools.
+# where the sum for code $k$ runs over the rows that chose it, and each zero is a test below. The
+# loss is not minus a bound: the two squares are tools.
 #
 # ### The codebook is k-means
 #
@@ -162,8 +163,9 @@
 # $$ e_k \leftarrow e_k - \frac{1 - \gamma}{\bar n_k} (n_k e_k - s_k) ,
 # $$ (eq-vq-average-step)
 #
-# half the gradient of the codebook term, with a step size for each code that shrinks with its use
-# (exercise 3). A code that nobody uses stays where it is, without a division of zero by zero.
+# half the gradient of the codebook term, summed over the batch, with a step size for each code that
+# shrinks with its use (exercise 3). A code that nobody uses stays where it is, without a division
+# of zero by zero.
 #
 # ### Commitment
 #
@@ -171,7 +173,7 @@
 # 1)^2$, and let there be one code. The code goes to the middle, 0, and stays. Each of the two $z_e$
 # receives $g = \mp 1$, at every step, as far as it may have gone: straight-through does not see
 # that $z_e$ has moved. So both run away at constant speed, and nothing is gained. With more codes
-# the same happens in every unbounded cell, to all data whose gradients do not cancel. The
+# the same happens in every unbounded cell, to each $z_e$ whose path along $-g$ stays in it. The
 # commitment term gives each $z_e$ a place to rest,
 #
 # $$ g + 2 \beta (z_e - z_q) = 0 \quad \Longrightarrow \quad z_e = z_q - \frac{g}{2 \beta} ,
@@ -207,10 +209,11 @@
 # $$ p(z) = \prod_{n=1}^{N} p(z_n \mid z_{<n}) , \qquad
 #    p(z_n = k \mid z_{<n}) = \operatorname{softmax}(a_n)_k , $$ (eq-vq-prior)
 #
-# is fitted to them by maximum likelihood, which maximises the bound {eq}`eq-vq-bound` in the prior.
-# To sample an image, sample a grid, and decode it. The gain over the uniform prior has two parts.
-# A prior of independent places, all with the frequencies $\bar p_k$, costs $N$ times the logarithm
-# of the perplexity (exercise 4); what the PixelCNN gains beyond that is dependence, and position.
+# with $K$ logits $a_n$ at place $n$ instead of the one logit of a pixel, is fitted to them by
+# maximum likelihood, which maximises the bound {eq}`eq-vq-bound` in the prior. To sample an image,
+# sample a grid, and decode it. The gain over the uniform prior has two parts. A prior of
+# independent places, all with the frequencies $\bar p_k$, costs $N$ times the logarithm of the
+# perplexity (exercise 4); what the PixelCNN gains beyond that is dependence, and position.
 #
 # ### Why these latents do not collapse
 #
@@ -228,9 +231,10 @@
 # %% [markdown]
 # ## By hand
 #
-# The smallest VQ-VAE has a linear encoder and a linear decoder on flat images: $z_e = x W + b$,
-# cut into $N$ vectors, and $a = z_q U + c$. Then $g$ is $(\sigma(a) - x)\, U^\top$, and the table
-# above is the whole gradient.
+# The smallest VQ-VAE has a linear encoder and a linear decoder on flat images $x$ (B, HW):
+# $z_e = x W + b$ with $W$ (HW, ND), cut into $N$ vectors, and $a = z_q U + c$ with $U$ (ND, HW) and
+# $z_q$ flat again. Then $g = (\sigma(a) - x)\, U^\top$ with the logistic function $\sigma$, and the
+# table above is the whole gradient.
 
 # %%
 import sys
@@ -348,7 +352,7 @@ def log_lik(params, z, x):
 
 # %%
 def vq_terms(params, x, encode=grid_encode, log_lik=log_lik):
-    """The three terms of the loss, (B,) each: Eq. (eq-vq-loss); and `z_e` and the numbers k."""
+    """log p(x | z) and the two squares of Eq. (eq-vq-loss), (B,) each; and `z_e` and k."""
     z_e = encode(params["encoder"], x)
     k, e = quantise(params["codebook"], z_e)
     places = tuple(range(1, len(z_e.shape)))
@@ -424,7 +428,10 @@ def vq_start(params, optimizer):
 
 
 def vq_step(optimizer, images, batch, beta=0.25, averages=False, revived=False):
-    """A step of training, for `fit`; the codebook follows its gradient, or moving averages."""
+    """A step of training, for `fit`; the codebook follows its gradient, or moving averages.
+
+    Only where averages move the codebook can codes be revived.
+    """
     gradient = value_and_grad(lambda p, x: vq_loss(p, x, beta), has_aux=True)
 
     def step(state, rng):
@@ -522,6 +529,7 @@ def cost_of_permuting(params, z, x, rng):
 
 # %%
 from chapters.ch05_vae import log_likelihood_without_latents, rows_of
+from chapters.ch11_autoregressive import pixelcnn_init
 from minigrad import jacobian, vjp
 from minigrad.check import check_density, check_grads
 from minigrad.data import digits
@@ -816,6 +824,86 @@ def test_vq_dead_codes_are_revived_and_living_ones_left():
     rows = {tuple(row) for row in z_e.reshape(-1, 2)}
     assert [tuple(row) in rows for row in new] == [True, False, True, False]
     np.testing.assert_array_equal(counts, [1, 5, 1, 1])
+    many, _ = revive(np.full((1000, 2), 9.0), np.full(1000, 0.999), z_e, rng)
+    assert {tuple(row) for row in many} == rows  # each by a row of its own, and any row
+
+
+def test_vq_first_step_by_averages_in_numbers():
+    params, images = small_vq(3), np.ones((4, 1, 8, 8))  # binarised, they stay what they are
+    z_e = grid_encode(params["encoder"], images[:1])
+    distance = np.sum((z_e[..., None, :] - params["codebook"]) ** 2, axis=-1)
+    n = 3 * np.bincount(np.argmin(distance, axis=-1).ravel(), minlength=5)[:, None]
+    sums = 3 * np.eye(5)[np.argmin(distance, axis=-1).ravel()].T @ z_e.reshape(-1, 3)
+    new, shown = vq_step(sgd(0.1), images, 3, averages=True)(
+        vq_start(params, sgd(0.1)), np.random.default_rng(0)
+    )
+    moved = (0.99 * params["codebook"] + 0.01 * sums) / (0.99 + 0.01 * n)  # counts start at 1
+    np.testing.assert_allclose(new["params"]["codebook"], moved, rtol=1e-10)
+    distortion = -log_lik(params, quantise(params["codebook"], z_e)[1], images[:1])[0]
+    squares = np.sum(np.min(distance, axis=-1))
+    assert shown["loss"] == pytest.approx(distortion + 1.25 * squares)  # β = 0.25
+    assert vq_loss(params, images)[0] == pytest.approx(distortion + 1.25 * squares)
+
+
+def test_vq_steps_hand_on_the_state_of_the_optimizer():
+    params, optimizer = small_vq(), sgd(0.1, momentum=0.9)
+    images = np.random.default_rng(12).random((6, 1, 8, 8))  # grey: binarised at every step
+    step, state = vq_step(optimizer, images, 6), vq_start(params, optimizer)
+    inner = optimizer.init(params)
+    for seed in (1, 2, 3):
+        state, _ = step(state, np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        x = binarize(images[rng.integers(6, size=6)], rng)
+        grads = grad(lambda p, x=x: vq_loss(p, x)[0])(params)
+        params, inner = optimizer.update(grads, inner, params)
+    assert largest_gap(state["params"], params) < 1e-10
+
+
+def test_vq_training_keeps_the_precision_it_is_given():
+    for dtype in (np.float32, np.float64):
+        params = tree.map(lambda p, dtype=dtype: p.astype(dtype), small_vq())
+        start = vq_start(params, sgd(0.1))
+        step = vq_step(sgd(0.1), small_images().astype(dtype), 4, averages=True, revived=True)
+        new, _ = step(start, np.random.default_rng(0))
+        prior = code_prior_init(np.random.default_rng(0), 5, 4, 2, dtype=dtype)
+        assert len(prior["blocks"]) == 2
+        assert {leaf.dtype for leaf in tree.leaves([new["params"], prior])} == {np.dtype(dtype)}
+        assert code_log_prob(prior, every_grid(5)[:3]).dtype == dtype
+
+
+def test_vq_networks_keep_places_and_use_every_parameter():
+    rng = np.random.default_rng(10)
+    params = grid_vae_init(rng, 16, 2, 4, 2, 3, 3, np.float64)
+    params = tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape), params)
+    assert [len(params[part]["blocks"]) for part in ("encoder", "decoder")] == [2, 2]
+    x = rng.integers(0, 2, (2, 1, 16, 16)).astype(float)
+    z_e = grid_encode(params["encoder"], x)
+    other = x.copy()
+    other[:, :, 0, 15] = 1 - x[:, :, 0, 15]  # a corner, and what hears of it
+    heard = np.any(grid_encode(params["encoder"], other) != z_e, axis=(0, 3))
+    assert z_e.shape == (2, 8, 8, 3)
+    assert heard[0, 7] and not np.any(heard[4:]) and not np.any(heard[:, :4])
+    a = grid_decode(params["decoder"], z_e)
+    moved = z_e.copy()
+    moved[:, 0, 7, :] += 1
+    heard = np.any(grid_decode(params["decoder"], moved) != a, axis=(0, 1))
+    assert heard[0, 15] and not np.any(heard[8:]) and not np.any(heard[:, :8])
+    lifted = params["decoder"] | {"pixels": params["decoder"]["pixels"] + 1}
+    np.testing.assert_allclose(grid_decode(lifted, z_e), a + 1)
+    g = grad(lambda p: np.sum(log_lik(p, grid_encode(p["encoder"], x), x)))(params)
+    assert all(np.any(leaf != 0) for leaf in tree.leaves(g))
+
+
+def test_vq_likelihood_adds_the_logits_of_the_pixels_before():
+    params, x = small_vq(), small_images()
+    pixels = pixelcnn_init(np.random.default_rng(11), 4, 1, dtype=np.float64)
+    z = quantise(params["codebook"], grid_encode(params["encoder"], x))[1]
+    a = grid_decode(params["decoder"], z)
+    b = a + pixelcnn(pixels, x)
+    exact = lambda a: np.sum(np.log(np.where(x == 1, sc.expit(a), sc.expit(-a))), axis=(1, 2, 3))
+    np.testing.assert_allclose(log_lik(params, z, x), exact(a))
+    np.testing.assert_allclose(log_lik(params | {"pixels": pixels}, z, x), exact(b))
+    assert np.max(np.abs(exact(a) - exact(b))) > 0.1
 
 
 def test_vq_step_moves_the_codebook_by_its_gradient_or_by_averages():
@@ -851,7 +939,7 @@ def test_vq_codebooks_start_where_they_should():
     assert all(tuple(row) in rows for row in codebook)
     cube = uniform_codebook(rng, 50, 40)
     assert cube.shape == (50, 40) and cube.dtype == np.float32
-    assert 0.95 / 50 < np.max(np.abs(cube)) <= 1 / 50
+    assert 0.95 / 50 < np.max(cube) <= 1 / 50 and 0.95 / 50 < np.max(-cube) <= 1 / 50
 
 
 def test_vq_normal_latents_and_the_cost_of_exchanging_them():
@@ -865,6 +953,19 @@ def test_vq_normal_latents_and_the_cost_of_exchanging_them():
     exact = 0.5 * np.sum(np.exp(log_var) + loc**2 - 1 - log_var, axis=(1, 2, 3))
     np.testing.assert_allclose(kl, exact)
     np.testing.assert_allclose(reconstruction, log_lik(params, z, x))
+    # both terms move the encoder, by the path through the sample too
+
+    def elbo(encoder):
+        reconstruction, kl, _ = gaussian_terms(params | {"encoder": encoder}, x, noise)
+        return np.sum(reconstruction - kl)
+
+    def written_out(encoder):
+        said = grid_encode(encoder, x)
+        loc, log_var = said[..., :3], said[..., 3:]
+        kl = 0.5 * np.sum(np.exp(log_var) + loc**2 - 1 - log_var)
+        return np.sum(log_lik(params, loc + np.exp(0.5 * log_var) * noise, x)) - kl
+
+    assert largest_gap(grad(elbo)(params["encoder"]), grad(written_out)(params["encoder"])) < 1e-10
     deaf = params | {"decoder": tree.map(np.zeros_like, params["decoder"])}
     assert cost_of_permuting(deaf, z, x, rng) == 0
     # latents that are the image, and a decoder that listens
@@ -907,6 +1008,7 @@ def test_vq_prior_sees_earlier_places_only_and_its_samples_have_its_probabilitie
     grids = every_grid(K)
     log_p = code_log_prob(prior, grids)
     assert np.sum(np.exp(log_p)) == pytest.approx(1, abs=1e-12)
+    assert -np.sum(np.exp(log_p) * log_p) > 2  # many likely grids, so that samples can tell
     drawn = sample_codes(prior, rng, 20_000, (2, 2)).reshape(-1, 4) @ K ** np.arange(3, -1, -1)
     check_density(lambda n: log_p[n], np.arange(K**4), drawn)
 
@@ -975,7 +1077,7 @@ def test_vq_revival_brings_codes_to_life(record):
         record(f"digits, {way}: distortion, nats", lost[way])
     left_alone = max(used[way] for way in ("small", "beta=0.25", "data_averages"))
     assert left_alone < 0.8 * min(used["small_revived"], used["data_revived"])
-    assert max(lost[way] for way in WAYS) < 3  # alive or dead, all four reconstruct
+    assert max(lost[way] for way in WAYS) < 3  # alive or dead, all five reconstruct
 
 
 DATA = {"digits": "digits", "binarized_mnist": "binarised MNIST"}
@@ -997,6 +1099,10 @@ def test_vq_autoregressive_prior_beats_the_uniform_one(name, record):
     record(f"{name}: perplexity of {K} codes", found["test_perplexity"])
     ratio = found["test_squared_error"] / found["test_pixel_variance"]
     record(f"{name}: squared error of the pixels / their variance", ratio)
+    places = (run["arrays"]["originals"].shape[-1] // run["config"]["stride"]) ** 2
+    assert uniform == pytest.approx(places * np.log(K))
+    least = places * np.log(found["test_perplexity"])  # exercise 4
+    assert least <= frequency < 1.05 * least
     assert learned < frequency - 1 and frequency < uniform
     assert ratio < 0.5 and found["test_perplexity"] > K / 3
     assert found["test_bound"] == pytest.approx(-found["test_distortion"] - learned, abs=1e-3)
@@ -1011,9 +1117,10 @@ def test_vq_autoregressive_prior_beats_the_uniform_one(name, record):
 # reason for collapse, the bad start.
 #
 # Behind the strong decoder normal latents collapse, and codes do not. Two things belong beside this
-# sentence. With warm-up the normal latents keep some rate on these images, and their ELBO is none
-# the worse for it. And what the codes say is not worth its price: with the uniform prior their
-# bound is several nats below that of the model whose latents say nothing.
+# sentence. With warm-up the normal latents keep as much rate on these images as behind the decoder
+# that sees nothing else, and their ELBO is none the worse for it. And what the codes say is not
+# worth its price: with the uniform prior their bound is several nats below that of the model whose
+# latents say nothing.
 
 # %%
 MODELS = {
@@ -1042,7 +1149,7 @@ def test_vq_codes_stay_informative_where_normal_latents_collapse(record):
     silent, telling = found["normal_pixels"], found["codes_pixels"]
     assert silent["cost_of_permuting"] < 0.5 and silent["rate"] < 0.5
     assert telling["cost_of_permuting"] > 5 + found["warm-up_pixels"]["cost_of_permuting"]
-    assert found["warm-up_pixels"]["rate"] > 1
+    assert found["warm-up_pixels"]["rate"] > 0.9 * found["normal_plain"]["rate"] > 1
     elbo = {name: -numbers["rate"] - numbers["distortion"] for name, numbers in found.items()}
     assert elbo["warm-up_pixels"] > elbo["normal_pixels"] - 0.2 > 1 + elbo["codes_pixels"]
     for name in ("normal_plain", "codes_plain"):  # they have nothing else to go by
@@ -1352,8 +1459,8 @@ def figure_vq_collapse():
     """What it costs when test images exchange their latents, and the rate, while models train.
 
     Digits, a grid of 2 x 2 latents. Left: rise of minus log p(x | z), mean of five random
-    exchanges. Where the decoder sees the pixels before, normal latents fall silent, and codes do
-    not. Right: the rates of both models with codes lie on each other.
+    exchanges. Where the decoder sees the pixels before, normal latents without warm-up fall silent,
+    and codes do not. Right: the rates of both models with codes lie on each other.
     """
     import matplotlib.pyplot as plt
 
@@ -1400,8 +1507,8 @@ def test_exercise_vq_nearest_code_is_not_the_best_code():
 # %% [markdown]
 # **2. Of what is it the gradient?** Let $\ell(z) = \frac12 (z - t)^\top A\, (z - t)$ with a
 # symmetric $A$. The straight-through field is $A (e_k - t)$ on cell $k$. Show that for $A = \alpha
-# I$ it is the gradient of a continuous, convex function of $z_e$, and that for other $A$ it is in
-# general not a gradient. What is special in one dimension?
+# I$, $\alpha > 0$, it is the gradient of a continuous, convex function of $z_e$, and that for other
+# $A$ it is in general not a gradient. What is special in one dimension?
 #
 # ```{admonition} Solution
 # :class: dropdown
@@ -1411,9 +1518,9 @@ def test_exercise_vq_nearest_code_is_not_the_best_code():
 # t^\top z \big)$, a maximum of linear functions. A field that is constant on both sides of a border
 # is a gradient only if its jump is orthogonal to the border, that is, parallel to $e_i - e_j$; here
 # the jump is $A (e_i - e_j)$, and for three codes in general position all three differences must be
-# eigenvectors of $A$. Otherwise the integral around a point where three cells meet is not zero, and
-# no loss has this gradient. In one dimension every field is a gradient: of a piecewise linear
-# function with slope $\ell'(e_k)$ on cell $k$.
+# eigenvectors of $A$. Otherwise the integral along a border on one side and back on the other is
+# not zero, and no loss has this gradient. In one dimension every field is a gradient: of a
+# piecewise linear function with slope $\ell'(e_k)$ on cell $k$.
 # ```
 
 
