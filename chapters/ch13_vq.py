@@ -1404,7 +1404,14 @@ def figure_dead_codes():
 
 # %% [markdown]
 # What the codes keep of an image, and what the prior knows of codes, on binarised MNIST
-# ({numref}`fig-vq-images`); what they cost ({numref}`fig-code-nats`).
+# ({numref}`fig-vq-images`); what they cost ({numref}`fig-code-nats`). That model has a grid of
+# $7 \times 7$ places and 128 codes, of which the test images use 111 in the sense of the
+# perplexity; 4,000 steps of 100 images for it and 3,500 for the prior, seed 0, took 1,670 s. The
+# squared error of its reconstructions is a tenth of the pixels' variance. The PixelCNN needs 190
+# nats for the codes of an image where the uniform prior needs 238. Even so the bound is $-212$
+# nats, where the PixelCNN of Chapter 11, which sees pixels instead of codes, has $-90$: 49 codes
+# that reconstruct this well say more than there is to know, and a likelihood is not what such a
+# model is good at.
 
 
 # %%
