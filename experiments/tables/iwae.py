@@ -98,7 +98,7 @@ TABLE = Table(
         cell("vae", 50, 1, "86.35", "20"),
         cell("iwae", 50, 1, "84.78", "25"),
     ],
-    {"a": "One stage of the schedule: compare within the row."},
+    {"a": "After one stage, a single epoch: compare within the row only."},
     {"test NLL, 50 samples": "test_nll_50"},
 )
 

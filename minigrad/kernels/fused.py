@@ -3,6 +3,10 @@
 NumPy reads and writes an array for each operation of a formula; the loops do it once for all, and
 their exponentials are vectorised. Other dtypes and small arrays go to NumPy, and so do shapes that
 broadcast, unless all that one array lacks is leading axes.
+
+An affine map and its activation are not one pass: adding the bias takes a fifth of a layer's 54 µs
+at 100 x 400, four thousandths of a training step, and a loop over both was slower than NumPy's two.
+What pays is on the way back: `tanh_dx`, and `gate` for rectifiers.
 """
 
 import numpy as np
