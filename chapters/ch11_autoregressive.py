@@ -192,10 +192,12 @@
 # before it. With $\delta$ running over the taps of the mask and $x_{i + \delta}$ the pixel at that
 # place of the window (0 outside the image),
 #
-# $$ a_i = c + \sum_\delta w_\delta\, x_{i + \delta}, \qquad
-#    \frac{\partial \log p(x)}{\partial w_\delta} = \sum_i (x_i - \sigma(a_i))\, x_{i + \delta},
+# $$ \begin{aligned}
+#    a_i &= c + \sum_\delta w_\delta\, x_{i + \delta}, \\
+#    \frac{\partial \log p(x)}{\partial w_\delta} &= \sum_i (x_i - \sigma(a_i))\, x_{i + \delta},
 #    \qquad
-#    \frac{\partial \log p(x)}{\partial c} = \sum_i (x_i - \sigma(a_i)) . $$ (eq-ar-by-hand)
+#    \frac{\partial \log p(x)}{\partial c} = \sum_i (x_i - \sigma(a_i)) .
+#    \end{aligned} $$ (eq-ar-by-hand)
 
 # %%
 import numpy as np
