@@ -203,15 +203,19 @@ def execute(run, config, out=RESULTS, checkpoint_seconds=30.0, mixed=False, prog
         origins = [old for old in meta.get("origins", []) if old != here] + [here]
         clock = _Clock(meta.get("seconds", 0.0))
 
+        def due():
+            return clock() - clock.last >= checkpoint_seconds
+
         with _log(folder, {"config": config, **here}, start.step if start else 0) as write:
 
             def on_point(snapshot, entry):
                 if entry:
                     line = {"step": snapshot.step, "seconds": round(clock(), 3)}
                     write(line | entry | line)  # a metric must not take the place of the step
-                if snapshot.step == config["steps"] or clock.due(checkpoint_seconds):
+                if snapshot.step == config["steps"] or due():
                     meta = {"config": config, "origins": origins, "seconds": clock()}
                     save_snapshot(next(files), snapshot, **meta)
+                    clock.last = clock()
 
             try:
                 state, curves = fit(
@@ -224,6 +228,7 @@ def execute(run, config, out=RESULTS, checkpoint_seconds=30.0, mixed=False, prog
                     eval_every=config["eval_every"],
                     start=start,
                     on_point=on_point,
+                    due=due,
                     progress=progress,
                 )
             except FloatingPointError as error:
@@ -302,13 +307,6 @@ class _Clock:
 
     def __call__(self):
         return time.perf_counter() - self.start
-
-    def due(self, interval):
-        now = self()
-        if now - self.last < interval:
-            return False
-        self.last = now
-        return True
 
 
 @contextlib.contextmanager

@@ -83,6 +83,7 @@ def fit(
     eval_every=1000,
     start=None,
     on_point=None,
+    due=None,
     progress=True,
 ):
     """Take `steps` steps and return the final state and the curves.
@@ -91,8 +92,8 @@ def fit(
     `log_every` steps, and every `eval_every` steps the scalars of `evaluate(state, rng)`, which
     gets a generator of its own, so that evaluating more or less often changes nothing else.
     `start` is a `Snapshot` to go on from. `on_point(snapshot, entry)` is called with the new values
-    at each of these points, and with an empty entry after the last step if it is none of them.
-    The bar is drawn on a terminal only.
+    at each of these points, and with an empty entry after the last step, or one after which `due()`
+    is true, if it is none of them. The bar is drawn on a terminal only.
 
     A metric, an evaluation or a state that is not finite stops the run with a FloatingPointError
     that names the step and the operation which made the first NaN; `on_point` never sees it.
@@ -113,7 +114,8 @@ def fit(
             done += 1
             point = done % log_every == 0
             evaluation = evaluate is not None and done % eval_every == 0
-            checked = point or evaluation or done == steps
+            wanted = done == steps or (due is not None and due())
+            checked = point or evaluation or wanted
             if bad := _not_finite(metrics) or (checked and _state_not_finite(state)):
                 _stop(step, rng, good, done, bad)
             if checked:
@@ -129,7 +131,7 @@ def fit(
                 curve = curves.setdefault(name, {"steps": [], "values": []})
                 curve["steps"].append(done)
                 curve["values"].append(value)
-            if on_point is not None and (entry or done == steps):
+            if on_point is not None and (entry or wanted):
                 snapshot = Snapshot(done, state, rng.bit_generator.state, sums, curves)
                 # The curves grow on: who keeps a snapshot keeps a copy.
                 on_point(snapshot._replace(sums=dict(sums), curves=copy.deepcopy(curves)), entry)

@@ -174,11 +174,11 @@ def test_runs_that_fail_are_reported_and_the_others_done(tmp_path, capsys):
     assert "Traceback" in out and "IndexError: seven is too many" in out
     assert "3 of 4 runs failed: " in error and "drift" not in error
     good, _ = runner.checkpoints(tmp_path / "runs" / "troubled_trouble=nan")
-    assert good[0][0] == 6
+    assert good[0][0] == 7
 
 
 def test_a_killed_sweep_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    arguments = ["sweep", "long", "--mixed", "--checkpoint-seconds", "0", "--jobs", "2"]
+    arguments = ["sweep", "long", "--mixed", "--checkpoint-seconds", "0.01", "--jobs", "2"]
     arguments = [sys.executable, __file__, *arguments, "--out", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     folders = [tmp_path / "runs" / f"drift_log_every=10_rate={rate}" for rate in (0.1, 0.2)]
@@ -284,7 +284,7 @@ def test_the_status_of_a_table_shows_each_cell_and_the_time_left(tmp_path, capsy
     assert re.fullmatch(r"second +faster +0/30 +running", lines[4])
     command(tmp_path, "status", "troubles")
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"nan +6/20 +\d+ +\d+ \w+ +loss \S+ +partial", lines[1])
+    assert re.fullmatch(r"nan +7/20 +\d+ +\d+ \w+ +loss \S+ +partial", lines[1])
 
 
 def test_times_are_told_in_words():

@@ -133,6 +133,25 @@ def test_a_run_goes_on_bit_for_bit_from_each_of_its_snapshots(tmp_path):
         assert curves == resumed_curves
 
 
+def test_a_snapshot_is_taken_between_points_when_it_is_due(tmp_path):
+    step, state = regression()
+    settings, seen, due = dict(log_every=5, progress=False), [], [0]
+
+    def keep(snapshot, entry):
+        seen.append((snapshot.step, bool(entry)))
+        train.save_snapshot(tmp_path / f"{snapshot.step}.npz", snapshot)
+
+    def every_third():
+        due[0] += 1
+        return due[0] % 3 == 0
+
+    whole = train.fit(step, state, 8, rng(), on_point=keep, due=every_third, **settings)
+    assert seen == [(3, False), (5, True), (6, False), (8, False)]
+    snapshot, _ = train.load_snapshot(tmp_path / "3.npz", state)
+    resumed = train.fit(step, state, 8, np.random.default_rng(99), start=snapshot, **settings)
+    assert same(whole[0], resumed[0]) and whole[1] == resumed[1]
+
+
 def test_states_lie_in_memory_alike_in_whole_and_resumed_runs(tmp_path):
     # BLAS may sum in another order when strides differ, and change the last bit; so may a loop
     # over a dict when its order differs.
