@@ -170,7 +170,16 @@
 # At low temperature $\sigma(z/\lambda) \approx b$, so $c \approx \eta f$ and the first term of
 # {eq}`eq-cv-relax` vanishes with $\eta = 1$; but $c'$ is of order $1/\lambda$ near the
 # threshold, and its noise takes over. At high temperature it is the other way round. Two numbers,
-# $\eta$ and $\lambda$, are left to choose. RELAX {cite}`grathwohl2018backpropagation` takes any
+# $\eta$ and $\lambda$, are left to choose. As $\lambda$ grows, the bits of {eq}`eq-cv-rebar` go to
+# $\frac12$, whatever their logits are. REBAR's authors also propose, and their code uses, bits that
+# go to their means instead (exercise 5):
+#
+# $$ \zeta = \sigma\Big( \frac{z}{\lambda} + \frac{\lambda}{\lambda + 1}\, a \Big) \to \beta
+#    \quad\text{as}\quad \lambda \to \infty . $$ (eq-cv-towards-mean)
+#
+# That $a$ stands here beside $z$ adds the same to the derivatives of $c(z)$ and of $c(\tilde z)$,
+# and changes nothing in {eq}`eq-cv-one-pass`. This chapter's REBAR is {eq}`eq-cv-rebar`, as
+# RELAX's is. RELAX {cite}`grathwohl2018backpropagation` takes any
 # network, alone if $f$ cannot be evaluated at relaxed bits, or on top of REBAR's function:
 #
 # $$ c(z) = r_\rho(z) \qquad\text{or}\qquad
@@ -261,6 +270,8 @@
 # where the last is the gradient {eq}`eq-cv-variance-gradient` in $\eta$: $G$ is linear in $\eta$.
 
 # %%
+import functools
+
 import numpy as np
 import pytest
 import scipy.special as sc
@@ -909,39 +920,53 @@ def control_variate_init(rng, widths, hidden=(), temperature=0.5):
 
 
 # %%
-def relaxed_value(params, x, mean, temperature, l, z, logits, bits, noise):
+def towards_half(z, _logits, temperature):
+    """Relaxed bits: Eq. (eq-cv-rebar)."""
+    return expit(z / temperature)
+
+
+def towards_mean(z, logits, temperature):
+    """Relaxed bits: Eq. (eq-cv-towards-mean)."""
+    return expit(z / temperature + temperature / (temperature + 1) * logits)
+
+
+def relaxed_value(params, x, mean, temperature, l, z, logits, bits, noise, relax):
     """f (B,) with the bits below layer l as drawn, and relaxed from there on, from z (B, d)."""
-    logits, codes = logits[: l + 1], [*bits[:l], expit(z / temperature[l])]
+    codes = [*bits[:l], relax(z, logits[l], temperature[l])]
+    logits = logits[: l + 1]
     for j in range(l + 1, len(bits)):
         logits = [*logits, network(params["encoder"][j], 2 * codes[-1] - 1)]
-        codes.append(expit((logits[-1] + noise[j]) / temperature[j]))
+        codes.append(relax(logits[j] + noise[j], logits[j], temperature[j]))
     return log_joint(params["decoder"], x, codes, mean) - log_posterior(logits, codes)
 
 
-def layer_control(control, params, x, mean, l, z, logits, bits, noise):
+def layer_control(control, params, x, mean, l, z, logits, bits, noise, relax=towards_half):
     """Values (B,) of the control variate of layer l at z (B, d): Eq. (eq-cv-layers)."""
     temperature = np.exp(control["log_temperature"])
-    c = relaxed_value(params, x, mean, temperature, l, z, logits, bits, noise)
+    c = relaxed_value(params, x, mean, temperature, l, z, logits, bits, noise, relax)
     if "networks" in control:
         inputs = [x - mean, *(2 * b - 1 for b in bits[:l]), z]
         c = c + control_network(control["networks"][l], inputs)
     return control["scale"][l] * c
 
 
-def layer_estimates(control, params, x, mean, f, logits, bits, noise):
+def layer_estimates(control, params, x, mean, f, logits, bits, noise, relax=towards_half):
     """Estimates (B, d) for each layer, from f (B,) and lists of (B, d): Eq. (eq-cv-one-pass)."""
     estimates = []
     for l, (a, b) in enumerate(zip(logits, bits)):
         z = a + noise[l]
         c, slope = with_slopes(
-            lambda z, l=l: layer_control(control, params, x, mean, l, z, logits, bits, noise), z
+            lambda z, l=l: layer_control(
+                control, params, x, mean, l, z, logits, bits, noise, relax
+            ),
+            z,
         )
         kappa = -np.expm1(-np.abs(z)) * expit((2 * b - 1) * a)  # Eq. (eq-cv-slope)
         estimates.append((f - c)[..., None] * score(b, a) + (1 - kappa) * slope)
     return estimates
 
 
-def control_variate_gradient(params, control, x, mean, rng):
+def control_variate_gradient(params, control, x, mean, rng, relax=towards_half):
     """REBAR or RELAX: values f, a gradient like `params`, and one like `control` (to descend)."""
     noise = layer_noise(rng, params["encoder"], 1, len(x))
 
@@ -950,7 +975,7 @@ def control_variate_gradient(params, control, x, mean, rng):
         one = [[values[0] for values in layers] for layers in (logits, bits, noise)]
 
         def second_moment(control):
-            G = layer_estimates(control, params, x, mean, f[0], *one)
+            G = layer_estimates(control, params, x, mean, f[0], *one, relax)
             return sum(np.mean(g * g) for g in G), [g[None] for g in G]
 
         (_, G), gradient = value_and_grad(second_moment, has_aux=True)(control)
@@ -1058,7 +1083,7 @@ def concrete_method(params, state, x, mean, rng):
 
 # %%
 def make_method(name, rng, widths, optimizer, hidden=(200, 200), temperature=0.5):
-    """A method by its name in the table, and its initial state.
+    """A method by its name in the table, or "rebar_towards_mean", and its initial state.
 
     `optimizer` moves the control parameters; `hidden` are the widths of RELAX's networks.
     """
@@ -1069,9 +1094,13 @@ def make_method(name, rng, widths, optimizer, hidden=(200, 200), temperature=0.5
     if name == "muprop":
         control, gradient = muprop_init(rng, widths), muprop_gradient
     else:
-        networks = {"rebar": (), "relax": hidden}[name]
+        networks, relax = {
+            "rebar": ((), towards_half),
+            "rebar_towards_mean": ((), towards_mean),
+            "relax": (hidden, towards_half),
+        }[name]
         control = control_variate_init(rng, widths, networks, temperature)
-        gradient = control_variate_gradient
+        gradient = functools.partial(control_variate_gradient, relax=relax)
     return with_optimizer(gradient, optimizer), {
         "params": control,
         "optimizer": optimizer.init(control),
@@ -1159,8 +1188,9 @@ def test_cv_layers_have_the_gradient_as_their_exact_mean(name, record):
     f = log_joint(params["decoder"], x, bits, mean) - log_posterior(logits, bits)
     exact, worst = exact_logit_gradients(params, x, mean), 0.0
     rebar = {key: control[key] for key in ("log_temperature", "scale")}
-    for parameters in (control, rebar):
-        found = layer_estimates(parameters, params, x, mean, f, logits, bits, noise)
+    cases = [(control, towards_half), (rebar, towards_half), (rebar, towards_mean)]
+    for parameters, relax in cases:
+        found = layer_estimates(parameters, params, x, mean, f, logits, bits, noise, relax)
         for G, gradient in zip(found, exact):
             assert np.max(np.abs(gradient)) > 1e-3
             error = np.max(np.abs(weight @ G - gradient)) / np.max(np.abs(gradient))
@@ -1941,3 +1971,39 @@ def test_cv_exercise_4_variance_grows_as_the_inverse_temperature():
         assert np.trapezoid(density * G, z) == pytest.approx(2 * beta * (1 - beta), rel=1e-3)
         second = np.trapezoid(density * G**2, z)
         assert second * temperature == pytest.approx(beta * (1 - beta) * 4 / 6, rel=0.05)
+
+
+# %% [markdown]
+# **5. The limit of infinite temperature.** What does REBAR become as $\lambda \to \infty$, with the
+# bits of {eq}`eq-cv-rebar` and with those of {eq}`eq-cv-towards-mean`? Why is the second limit
+# the better one for many bits?
+#
+# ```{admonition} Solution
+# :class: dropdown
+#
+# $c$ no longer depends on $z$, so that $c' = 0$ and $G = (f(b) - c)\, s(b)$: REINFORCE with a
+# baseline. It is $\eta f(\frac12, \dots, \frac12)$ in the first case, the same for every $a$, and
+# $\eta f(\beta)$ in the second, the leading term of MuProp {eq}`eq-cv-muprop`. That is near $f(b)$
+# where most bits are sure, as in a trained model, and $f(\frac12, \dots, \frac12)$ is not.
+# ```
+
+
+# %% tags=["hide-cell"]
+def test_cv_exercise_5_rebar_ends_at_a_baseline():
+    params, x, mean, control = two_bit_vae("one layer", hidden=())
+    (a,), (b,), (noise,), weight = vae_nodes(params, x, mean)
+    f = lambda b: log_joint(params["decoder"], x, [b], mean) - log_posterior([a], [b])
+    control = {"log_temperature": np.array([np.log(1e9)]), "scale": np.array([0.7])}
+    for relax, end in ((towards_half, np.full_like(a, 0.5)), (towards_mean, expit(a))):
+        arguments = f(b), [a], [b], [noise], relax
+        (G,) = layer_estimates(control, params, x, mean, *arguments)
+        np.testing.assert_allclose(G, (f(b) - 0.7 * f(end))[:, None] * score(b, a), atol=1e-6)
+
+
+def test_cv_exercise_5_the_mean_is_the_better_baseline_where_bits_are_sure():
+    a = np.array([4.0, -4.0, 4.0, -4.0, 4.0, -4.0])
+    b = np.indices([2] * 6).reshape(6, -1).T
+    weight = np.prod(sc.expit((2 * b - 1) * a), axis=1)
+    f = lambda b: np.sum((b - 0.3) ** 2, axis=-1) + 3 * b[..., 0] * b[..., 2]
+    moment = lambda c: weight @ np.sum(((f(b) - c)[:, None] * score(b, a)) ** 2, axis=1)
+    assert moment(f(sc.expit(a))) < 0.5 * moment(f(np.full(6, 0.5)))

@@ -336,7 +336,9 @@ def test_a_table_is_drawn_however_much_of_it_is_there(tmp_path, drawn):
     empty = drawn("table")
     assert empty["records"] == {} and "not run" in empty["axes"][0]["texts"]
     assert drawn("curves")["axes"][0]["texts"] == ["not run"]
-    fill(tmp_path, slow=40, fast=20)
+    fill(tmp_path, fast=20)
+    assert [len(ax["artists"]) for ax in drawn("curves")["axes"]] == [1]  # of the other row nothing
+    fill(tmp_path, slow=40)
     full = drawn("table")
     assert sorted(full["records"]) == DRIFTS[:2]
     texts = set(full["axes"][0]["texts"])

@@ -251,29 +251,31 @@ def _below(table, found):
 
 
 def draw_curves(name):
-    """Draw the curves of the records of the table `name`: a panel for each row and label."""
+    """Draw the curves of the records of table `name`, a panel for each row and label that has."""
     import matplotlib.pyplot as plt
 
     table = runner.tables()[name]
-    found = places(table, runner.registry())
-    rows = [(row, label) for row, *_ in _rows(table, found) for label in table.curve]
-    cols = min(2, len(rows))
-    height = math.ceil(len(rows) / cols)
-    fig, axes = plt.subplots(height, cols, figsize=(6.4, 2.0 * height + 0.4), squeeze=False)
     looks = {column: _look(column, i) for i, column in enumerate(_columns(table))}
+    panels = {}
+    for place in places(table, runner.registry()):
+        row, column = place.cell.row, place.cell.column
+        curves = place.record["curves"] if place.record else {}
+        for label, pattern in table.curve.items():
+            if curve := curves.get(pattern.format(row=row, column=column)):
+                panels.setdefault((row, label), {})[column] = curve["steps"], curve["values"]
+    cols = min(2, max(1, len(panels)))
+    height = max(1, math.ceil(len(panels) / cols))
+    fig, axes = plt.subplots(height, cols, figsize=(6.4, 2.0 * height + 0.4), squeeze=False)
     lines = {}
-    for ax, (row, label) in zip(axes.flat, rows):
+    for ax, ((row, label), curves) in zip(axes.flat, panels.items()):
         ax.set(title=row, xlabel="step", ylabel=label)
-        for place in found:
-            name = table.curve[label].format(row=place.cell.row, column=place.cell.column)
-            if place.cell.row == row and place.record and name in place.record["curves"]:
-                curve, column = place.record["curves"][name], place.cell.column
-                look = looks[column] | ({"marker": "."} if len(curve["steps"]) == 1 else {})
-                lines[column] = ax.plot(curve["steps"], curve["values"], label=column, **look)[0]
-        if not ax.lines:
-            ax.text(0.5, 0.5, "not run", ha="center", va="center", transform=ax.transAxes)
-    for ax in axes.flat[len(rows) :]:
+        for column, (steps, values) in curves.items():
+            look = looks[column] | ({"marker": "."} if len(steps) == 1 else {})
+            lines[column] = ax.plot(steps, values, label=column, **look)[0]
+    for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
+    if not panels:
+        ax.text(0.5, 0.5, "not run", ha="center", va="center", transform=ax.transAxes)
     if lines:
         columns = [column for column in looks if column in lines]
         fig.legend([lines[c] for c in columns], columns, loc="outside lower center", ncols=6)

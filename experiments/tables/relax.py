@@ -11,8 +11,8 @@ Omniglot is drawn once into 28 x 28 pixels from the strokes and binarised once, 
 
 Ours, where the papers do not say or vary: learning rate 1e-3 everywhere (theirs were searched, and
 are not published); batches drawn with replacement; RELAX's network has two hidden layers of 200
-units (theirs two or four, with weight decay) and learns 1,000 steps before the model does; REBAR's
-temperature is learned from 0.5, that of Concrete is 0.5.
+units (theirs two or four, with weight decay) and learns alone in the first 1,000 of the steps
+(theirs before them); REBAR's temperature is learned from 0.5, that of Concrete is 0.5.
 
 Training ELBO: the mean over the last 2,084 steps, an epoch of MNIST, of the one-sample ELBO of the
 batch, with the parameters as they change. Validation: the bound by 100 samples.
@@ -62,12 +62,12 @@ def discrete_vae(config, data, rng):
     """A VAE with Bernoulli latents, trained by one estimator; 100-sample bound on validation."""
     train, valid = images_of(data, config["fresh_bits"])
     mean = train.mean(0)
-    if config["method"] in METHODS:
-        state, (method, optimizer) = ch08.start(config, config["method"], train.shape[1], rng)
-    else:
+    if config["method"] in ONE_LAYER_METHODS:
         state, _ = ch08.start(config, "nvil", train.shape[1], rng)
         state["control"], method = {}, ONE_LAYER_METHODS[config["method"]]
         optimizer = adam(config["learning_rate"], b2=0.99999)
+    else:
+        state, (method, optimizer) = ch08.start(config, config["method"], train.shape[1], rng)
 
     def bound(state, rng, n):
         x = valid[chosen(len(valid), n)]
