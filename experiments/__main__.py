@@ -145,7 +145,7 @@ def _status(runs, arguments):
         rows = []
         for cell in arguments.table.cells:
             name, config = sweep.configured(cell, runs)
-            row = runner.row(name, arguments.out, config["steps"])
+            row = runner.row(name, arguments.out, config)
             rows.append(row | {"row": cell.row, "column": cell.column})
     else:
         rows = runner.overview(runs, arguments.out)

@@ -62,7 +62,8 @@ class Parts(NamedTuple):
     """What a setup returns; `step` and `state` as in `minigrad.train.fit`.
 
     `evaluate(state, rng)` returns a dict of scalars; `finish(state, rng)` returns a dict of scalars
-    and a dict of arrays for the record. Each gets a generator of its own.
+    and a dict of arrays for the record, to which `evaluate` gives the scalars that `finish` does
+    not. Neither generator is that of the training.
     """
 
     state: Any
@@ -377,7 +378,7 @@ def _resume(folder, like, config, here, mixed):
     step, path, meta = good[0]
     for message in damaged:
         print(f"{message}; going on from {path.name} at step {step}", file=sys.stderr)
-    if _key(meta["config"]) != _key(config):
+    if not is_of(config, meta):
         raise RunError(f"{folder} holds this run with other defaults; delete it to begin anew")
     if step > config["steps"]:
         raise RunError(
@@ -431,8 +432,13 @@ def overview(runs, out=RESULTS):
     return [row(name, out) for name in sorted(names)]
 
 
-def row(name, out=RESULTS, steps=None):
-    """Return what `status` shows of a run, of which `steps` are asked for (default: its own)."""
+def is_of(config, source):
+    """Whether a record, or the meta of a checkpoint, is that of a config up to the steps."""
+    return _key(source["config"]) == _key(config)
+
+
+def row(name, out=RESULTS, config=None):
+    """Return what `status` shows of a run, or of a table's cell, which asks for `config`."""
     row = dict.fromkeys(("data", "steps", "seconds", "left", "last"), "")
     row = {"name": name, **row, "state": "not run"}
     good, damaged = checkpoints(runs_folder() / name)
@@ -443,6 +449,10 @@ def row(name, out=RESULTS, steps=None):
         pass
     except DamagedFile as error:
         damaged.append(str(error))
+    steps = config and config["steps"]
+    if config:
+        record = record if record and is_of(config, record) else None
+        good = [found for found in good if is_of(config, found[2])]
     if record and steps and record["config"]["steps"] >= steps:
         good = []  # whatever the checkpoints are, all that is asked for is there
     newest = good[0][2] if good else None
@@ -451,16 +461,16 @@ def row(name, out=RESULTS, steps=None):
     elif newest or record:
         row["state"] = "partial"
     if source := newest or record:
-        config, curves = source["config"], (newest["snapshot"] if newest else record)["curves"]
-        done = good[0][0] if good else config["steps"]
+        curves = (newest["snapshot"] if newest else record)["curves"]
+        done = good[0][0] if good else record["config"]["steps"]
         last = next(((key, curve["values"][-1]) for key, curve in curves.items()), None)
-        steps = steps or config["steps"]
+        steps = steps or source["config"]["steps"]
         if record and done == record["config"]["steps"] >= steps:
             row["state"] = "finished"
         else:
             row["left"] = duration(source["seconds"] / done * max(0, steps - done))
         row |= {
-            "data": config["data"] or "",
+            "data": source["config"]["data"] or "",
             "steps": f"{done}/{steps}",
             "seconds": f"{source['seconds']:.0f}",
             "last": f"{last[0]} {last[1]:.5g}" if last else "",

@@ -57,13 +57,8 @@ def recorded(name, config, out=runner.RESULTS):
     """Return the record of `config`, whatever its steps; None if it is not there or damaged."""
     with contextlib.suppress(FileNotFoundError, DamagedFile):
         record = load_record(Path(out) / f"{name}.json")
-        return record if is_of(config, record) else None
+        return record if runner.is_of(config, record) else None
     return None
-
-
-def is_of(config, record):
-    """Whether a record is that of a config, up to the number of steps."""
-    return record["config"] | {"steps": 0} == config | {"steps": 0}
 
 
 def sweep(
@@ -204,10 +199,10 @@ def _on_worker(run, config, origin, options):
 
     if get_worker().state.nthreads > 1:
         return None, "FAILED: a worker does one run at a time; start it with --nthreads 1"
-    if ORIGIN != origin and not options["mixed"]:
+    if not ORIGIN == origin == runner.origin() and not options["mixed"]:
         return None, (
-            f"FAILED: the worker has {ORIGIN} and the sweep {origin}, so that results "
-            "would differ; update the worker's files and start it anew, or add --mixed"
+            f"FAILED: the sweep has {origin}, the worker {ORIGIN}, its files {runner.origin()}, so "
+            "that results would differ; update the files and start the worker anew, or add --mixed"
         )
     folder = runner.runs_folder() / runner.record_name(run, config)
     return _attempt(run, config, out=folder, progress=False, **options)

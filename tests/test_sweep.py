@@ -282,6 +282,13 @@ def test_the_status_of_a_table_shows_each_cell_and_the_time_left(tmp_path, capsy
     assert re.fullmatch(r"first +slow +40/40 .* loss \S+ +finished", lines[1])
     assert re.fullmatch(r"first +fast +0/40 +not run", lines[2])
     assert re.fullmatch(r"second +faster +0/30 +running", lines[4])
+    settings = {"rate": 0.5, "seed": 7}
+    other = runner.configure(RUNS, "drift", settings=settings)
+    record = runner.execute(RUNS["drift"], other, tmp_path / "out", mixed=True, progress=False)
+    (tmp_path / "out" / f"{record['name']}.json").rename(tmp_path / "out" / "drift_rate=0.5.json")
+    (tmp_path / "out" / f"{record['name']}.npz").rename(tmp_path / "out" / "drift_rate=0.5.npz")
+    command(tmp_path, "status", "drifts")  # made with other defaults: not this cell's
+    assert re.fullmatch(r"first +fast +0/40 +not run", capsys.readouterr().out.splitlines()[2])
     command(tmp_path, "status", "troubles")
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"nan +7/20 +\d+ +\d+ \w+ +loss \S+ +partial", lines[1])

@@ -8,8 +8,9 @@ steps in the encoder. In the last three the logits are a sum of a PixelCNN's and
 `cure` is what keeps the latents in use.
 
 ELBO, and log-likelihood by 1,000 importance samples (exact for the PixelCNN), in nats per test
-image, with the standard error over images: all 10,000 for the PixelCNN, 1,000 random ones for the
-flow, 200 for the autoregressive decoders.
+image: of all 10,000 for the PixelCNN and for the ELBO of the first four rows but it, of 1,000
+random ones for the likelihood of the flow, 200 for the autoregressive decoders. The standard error
+is that over images, where the record has it.
 """
 
 from experiments.tables import Cell, Table

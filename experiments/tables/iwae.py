@@ -82,7 +82,7 @@ def cell(method, k, stages, nll, active):
         {"method": "iwae" if k == 1 else method, "k": k, "steps": ENDS[stages - 1]},
         {"test NLL": "test_nll", "active units": "active_units"},
         {"test NLL": nll, "active units": active},
-        "a" if stages < 4 else "",
+        "a" if stages == 1 else "",
     )
 
 

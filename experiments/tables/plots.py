@@ -33,7 +33,7 @@ def places(table, runs, load=records.load):
             record = load(name)
         except FileNotFoundError:
             record = None
-        if record and not sweep.is_of(config, record):
+        if record and not runner.is_of(config, record):
             record = None  # made with other defaults
         found.append(Place(cell, config["steps"], record))
     return found
@@ -284,5 +284,5 @@ def draw_curves(name):
 
 def _look(column, i):
     name = column.lower().replace("-", "_").replace(" ", "_")
-    name = {"rloo": "leave_one_out"}.get(name, name)
+    name = {"rloo": "leave_one_out", "nvil,_vimco": "vimco"}.get(name, name)
     return {"color": COLOUR.get(name, f"C{i}"), "linestyle": LINESTYLE.get(name, "-")}

@@ -134,7 +134,7 @@ TABLE = Table(
     [
         cell(data, model, method, value)
         for (data, model), values in PUBLISHED.items()
-        for method, value in zip(METHODS, values)
+        for method, value in zip(METHODS, values, strict=True)
     ],
     {
         "a": "The paper prints -102.2, -101.5 and -101.1 (Omniglot: -110.4, -109.58, -108.72) "

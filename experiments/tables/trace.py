@@ -44,8 +44,13 @@ RUNS = {"rebar_trace": Run(rebar_trace, SETTINGS | TRACE, {"binarized_mnist": {}
 
 
 def after(epoch):
-    """What is shown: the mean over an epoch."""
-    return lambda record: (record["curves"]["elbo"]["values"][epoch - 1], None)
+    """What is shown: the mean over an epoch, None as long as it has not been reached."""
+
+    def value(record):
+        means = record["curves"].get("elbo", {"values": []})["values"]
+        return (means[epoch - 1] if len(means) >= epoch else None), None
+
+    return value
 
 
 def cell(epoch, column, run, settings, published=None):
