@@ -36,7 +36,8 @@ from chapters.ch05_vae import (
     train_classifier,
     vae_init,
 )
-from experiments.runner import Parts, Run, chosen
+from chapters.ch06_importance import iwae_bound
+from experiments.runner import Parts, Run, chosen, with_error
 from minigrad import grad, random, stop_gradient, tree
 from minigrad.data import binarize
 from minigrad.optim import adam
@@ -259,8 +260,8 @@ def in_parts(f, x, size=1000):
     return np.concatenate([f(x[i : i + size]) for i in range(0, len(x), size)])
 
 
-def conv_elbo(params, x, log_lik, rng, draws=1):
-    """ELBO and KL term, averaged over images and draws: two numbers."""
+def conv_elbos(params, x, log_lik, rng, draws=1):
+    """ELBO and KL term of each image, averaged over draws: (n, 2)."""
 
     def both(x):
         d = params["encoder"]["loc"]["b"].size
@@ -268,10 +269,33 @@ def conv_elbo(params, x, log_lik, rng, draws=1):
             elbo_terms(params, x, random.normal(rng, (len(x), d), x.dtype), conv_encode, log_lik)
             for _ in range(draws)
         ]
-        return np.mean(found, axis=0, dtype=np.float64).T
+        reconstruction, kl = np.mean(found, axis=0, dtype=np.float64)
+        return np.stack([reconstruction - kl, kl], axis=1)
 
-    reconstruction, kl = in_parts(both, x).mean(0)
-    return reconstruction - kl, kl
+    return in_parts(both, x)
+
+
+def conv_elbo(params, x, log_lik, rng, draws=1):
+    """ELBO and KL term, averaged over images and draws: two numbers."""
+    return conv_elbos(params, x, log_lik, rng, draws).mean(0)
+
+
+def log_weights(decoder, q, x, noise, log_lik):
+    """log p(x, z) / q(z) of each image at samples of its normal q made of the noise: (n, N)."""
+    z = sample_latent(*q, noise)
+    log_joint = log_lik(decoder, z, x) + np.sum(normal_log_prob(z, 0.0, 1.0), axis=-1)
+    return log_joint - np.sum(normal_log_prob(z, q[0], np.exp(0.5 * q[1])), axis=-1)
+
+
+def conv_bounds(params, x, log_lik, rng, samples=1000):
+    """The bound on log p(x) by many samples of the encoder's q, for each image: (N,)."""
+    q = conv_encode(params["encoder"], x)
+    shape = (50, *q[0].shape)
+    log_w = [
+        log_weights(params["decoder"], q, x, random.normal(rng, shape, x.dtype), log_lik)
+        for _ in range(samples // 50)
+    ]
+    return iwae_bound(np.concatenate(log_w).astype(np.float64))
 
 
 def conv_pictures(params, x, rng):
@@ -304,12 +328,10 @@ def gaps_by_sampling(params, x, config, rng):
     chunks = []
     for _ in range(config["importance_samples"] // 50):
         noise, weights = draw(50)
-        z = sample_latent(*best, noise)
-        log_joint = bernoulli_log_lik(decoder, z, x) + np.sum(normal_log_prob(z, 0.0, 1.0), axis=-1)
-        log_q = np.sum(normal_log_prob(z, best[0], np.exp(0.5 * best[1])), axis=-1)
+        log_w = log_weights(decoder, best, x, noise, bernoulli_log_lik)
         encoder_elbo = local_elbo(decoder, q, x, noise, weights, bernoulli_log_lik)
         best_elbo = local_elbo(decoder, best, x, noise, weights, bernoulli_log_lik)
-        chunks.append((log_joint - log_q, best_elbo, encoder_elbo))
+        chunks.append((log_w, best_elbo, encoder_elbo))
     log_w, best_elbo, encoder_elbo = zip(*chunks)
     log_w = np.concatenate(log_w).astype(np.float64)
     log_p = logsumexp(log_w, axis=0) - np.log(len(log_w))
@@ -420,7 +442,14 @@ def conv_gaussian(config, data, rng):
     def finish(states, rng):
         found = bounds(states, rng, config["test_draws"])
         arrays = {f"{name}_test_elbo": bound[:, 0] for name, bound in found.items()}
-        return {}, arrays | conv_pictures(states["closed"][0]["params"], test, rng)
+        arrays |= conv_pictures(states["closed"][0]["params"], test, rng)
+        scalars, few = {}, test[chosen(len(test), 200)]
+        for name, (state, *_) in states.items():  # of the first of the models
+            elbos = conv_elbos(state["params"], test, model["log_lik"], rng)[:, 0]
+            scalars |= with_error(f"{name}_elbo", elbos)
+            likelihoods = conv_bounds(state["params"], few, model["log_lik"], rng)
+            scalars |= with_error(f"{name}_bound_1000", likelihoods)
+        return scalars, arrays
 
     return Parts(states, step, evaluate, finish)
 

@@ -25,7 +25,7 @@ from chapters.ch10_flows import (
     reverse_kl,
     true_log_prob,
 )
-from experiments.runner import Parts, Run
+from experiments.runner import Parts, Run, with_error
 from minigrad import random, tree, value_and_grad
 from minigrad.data import binarize
 from minigrad.optim import adam, cosine_decay
@@ -205,12 +205,12 @@ def flow_vae(config, data, rng):
             params = state["params"]
             for M, x in {1000: many, 10_000: few}.items():
                 generator = np.random.default_rng(FIXED)
-                found = np.concatenate(
-                    [iwae_bound(w) for w in in_parts(params, x, generator, M, d)]
-                )
+                parts = in_parts(params, x, generator, M, d)
+                both = [(np.mean(log_w, axis=0), iwae_bound(log_w)) for log_w in parts]
+                elbos, found = np.concatenate(both, axis=1)
                 arrays[f"{name}_{M}"] = found.astype(np.float32)
-                scalars[f"bound_{M}_{name}"] = np.mean(found)
-                scalars[f"bound_{M}_{name}_se"] = np.std(found, ddof=1) / np.sqrt(len(found))
+                scalars |= with_error(f"elbo_{M}_{name}", elbos)
+                scalars |= with_error(f"bound_{M}_{name}", found)
             noise = random.normal(rng, (len(many), d), many.dtype)
             terms = flow_posterior(params["encoder"], many, noise)[2]
             arrays[f"{name}_rates"] = np.mean(terms, axis=0, dtype=np.float64)

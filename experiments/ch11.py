@@ -26,7 +26,7 @@ from chapters.ch11_autoregressive import (
     sample,
     training_step,
 )
-from experiments.runner import Parts, Run
+from experiments.runner import Parts, Run, with_error
 from minigrad import random, tree
 from minigrad.data import binarize
 from minigrad.optim import adam, exponential_decay
@@ -47,12 +47,6 @@ def start(config, params, objective, images):
     return state, training_step(objective, optimizer, images, config["batch"])
 
 
-def mean_and_error(values):
-    """The mean, and its standard error over images, of float32 values."""
-    values = np.asarray(values, np.float64)
-    return np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values))
-
-
 def pixelcnn(config, data, rng):
     """PixelCNN with masks of type A and B and residual blocks: exact test log-likelihood."""
     params = pixelcnn_init(rng, config["channels"], config["depth"], config["first"])
@@ -64,12 +58,11 @@ def pixelcnn(config, data, rng):
         return np.concatenate([log_likelihood(params, piece) for piece in pieces])
 
     def evaluate(state, _rng):
-        found, _ = mean_and_error(likelihoods(state["params"], held_out))
-        return {"held_out_log_likelihood": found}
+        found = likelihoods(state["params"], held_out)
+        return {"held_out_log_likelihood": np.mean(found, dtype=np.float64)}
 
     def finish(state, rng):
         params, size = state["params"], test.shape[1:]
-        found, error = mean_and_error(likelihoods(params, test))
         halves = np.repeat(held_out[:8], 8, axis=0)
         known = np.broadcast_to(np.arange(size[1])[:, None] < size[1] // 2, size)
         drawn = {
@@ -78,8 +71,7 @@ def pixelcnn(config, data, rng):
             "originals": held_out[:8],
         }
         scalars = {
-            "test_log_likelihood": found,
-            "test_log_likelihood_se": error,
+            **with_error("test_log_likelihood", likelihoods(params, test)),
             "parameters": sum(p.size for p in tree.leaves(params)),
         }
         return scalars, {k: np.packbits(v.astype(bool), axis=-1) for k, v in drawn.items()}
@@ -137,7 +129,7 @@ def pixelvae(config, data, rng):
         scalars = {"rate": np.sum(rates)}
         scalars["active_units"] = active_units(params, held_out, rng, posterior)
         for name, values in bounds.items():
-            scalars[name], scalars[f"{name}_se"] = mean_and_error(values)
+            scalars |= with_error(name, values)
         arrays = {name: values.astype(np.float32) for name, values in bounds.items()}
         return scalars, arrays | {"rates": rates}
 

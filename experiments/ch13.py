@@ -26,7 +26,7 @@ from chapters.ch13_vq import (
     vq_step,
     vq_terms,
 )
-from experiments.runner import Parts, Run
+from experiments.runner import Parts, Run, with_error
 from minigrad import random, tree, value_and_grad
 from minigrad.data import binarize
 from minigrad.optim import adam, cosine_decay
@@ -133,8 +133,7 @@ def vq_vae(config, data, rng):
         scalars = {
             "uniform_nats": N * np.log(K),
             "frequency_nats": -np.mean(np.sum(log_p[k], axis=(1, 2))),
-            "test_bound": np.mean(bound),
-            "test_bound_se": np.std(bound, ddof=1) / np.sqrt(len(bound)),
+            **with_error("test_bound", bound),
             "test_squared_error": np.mean((probs - test) ** 2, dtype=np.float64),
             "test_pixel_variance": np.mean((test - data.x_train.mean(0)) ** 2, dtype=np.float64),
             "parameters": sum(p.size for p in tree.leaves(params)),

@@ -179,6 +179,12 @@ def chosen(size, n):
     return np.arange(size) if n >= size else np.random.default_rng(20091102).permutation(size)[:n]
 
 
+def with_error(name, values):
+    """Mean and standard error of values of images (n,), as two scalars of a record."""
+    values = np.asarray(values, np.float64)
+    return {name: np.mean(values), f"{name}_se": np.std(values, ddof=1) / np.sqrt(len(values))}
+
+
 # Running
 
 

@@ -20,7 +20,7 @@ from chapters.ch03_score_function import output_bias
 from chapters.ch05_vae import vae_init
 from chapters.ch06_importance import bound_step, iwae_bound
 from experiments.ch06 import active_units, estimate, flat, mean_bound
-from experiments.runner import Parts, Run, chosen
+from experiments.runner import Parts, Run, chosen, with_error
 from experiments.tables import Cell, Table
 from experiments.tables.plots import draw_curves, draw_table
 from minigrad.data import binarize
@@ -55,9 +55,8 @@ def iwae_schedule(config, data, rng):
 
     def finish(state, rng):
         values = -estimate(state["params"], test, rng, config["test_samples"])
-        scalars = {"test_nll": np.mean(values)}
-        scalars["test_nll_se"] = np.std(values, ddof=1) / np.sqrt(len(values))
-        return scalars | {"active_units": active_units(state["params"], train)}, {}
+        active = active_units(state["params"], train)
+        return with_error("test_nll", values) | {"active_units": active}, {}
 
     return Parts(state, step, evaluate, finish)
 
