@@ -11,11 +11,12 @@ from scipy.special import logsumexp
 
 from chapters import records
 from chapters.ch03_score_function import all_bits, exact_log_evidence, nvil, total_log_prob
+from chapters.ch05_vae import conv_encode, conv_vae_init, kl_to_prior
 from chapters.ch06_importance import bound_step, iwae_bound, vimco_free_signal
 from chapters.ch07_concrete import structured_step
 from chapters.ch08_control_variates import make_method, training_step
 from chapters.ch09_atlas import METHODS as ONE_LAYER_METHODS
-from experiments import runner, sweep
+from experiments import ch05, runner, sweep
 from experiments.ch06 import estimate
 from experiments.tables import (
     Cell,
@@ -269,6 +270,25 @@ def test_distances_of_three_fits_are_those_of_the_row_with_their_standard_error(
 def test_squared_error_is_shown_as_a_share_of_the_variance():
     record = {"scalars": {"test_squared_error": 2.0, "test_pixel_variance": 8.0}}
     assert vq.VALUES["squared error"](record) == (0.25, None)
+
+
+def test_bounds_of_a_convolutional_vae_are_exact_where_pixels_do_not_depend_on_the_latents():
+    params = conv_vae_init(np.random.default_rng(0), 8, 4, 1, 3)
+    x, rng = np.random.default_rng(1).random((5, 1, 8, 8), np.float32), np.random.default_rng(2)
+    constant = lambda _, z, x: np.full(z.shape[:-1], -3.0)
+    divergence = kl_to_prior(*conv_encode(params["encoder"], x))
+    assert np.min(divergence) > 0.1
+    bounds = ch05.conv_bounds(params, x, constant, rng, 10_000)
+    np.testing.assert_allclose(bounds, -3.0, atol=0.05)
+    found = ch05.conv_elbos(params, x, constant, rng)
+    np.testing.assert_allclose(found, np.stack([-3 - divergence, divergence], axis=1), rtol=1e-5)
+
+
+def test_an_error_is_the_standard_error_of_the_mean():
+    assert runner.with_error("x", np.float32([1, 2, 3, 6])) == {
+        "x": 3.0,
+        "x_se": (14 / 3 / 4) ** 0.5,
+    }
 
 
 def test_rows_of_the_homework_show_what_they_are_named_after():

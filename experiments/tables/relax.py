@@ -14,6 +14,9 @@ are not published); batches drawn with replacement; RELAX's network has two hidd
 units (theirs two or four, with weight decay) and learns alone in the first 1,000 of the steps
 (theirs before them); REBAR's temperature is learned from 0.5, that of Concrete is 0.5.
 
+50,016 steps are a fortieth of the papers': compare the columns of ours with each other, and see the
+table of REBAR's first epochs for ours beside theirs after as many steps.
+
 Training ELBO: the mean over the last 2,084 steps, an epoch of MNIST, of the one-sample ELBO of the
 batch, with the parameters as they change. Validation: the bound by 100 samples.
 """
