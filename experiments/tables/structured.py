@@ -8,10 +8,10 @@ NVIL (m = 1) and VIMCO (m > 1) hard ones. Evaluated with m = 100 hard samples on
 of the test and of the training set; minus that is what the paper prints.
 
 The paper trains for 10,000,000 steps, ours are 100,000 for m = 1, 50,000 for m = 5 and 5,000 for
-m = 50: compare the columns of a row, not rows, and not ours with theirs. Learning rate 3e-4 and weight decay 1e-3 are what it states
-for Concrete; for VIMCO it states a search and early stopping, not what was found, so ours has the
-same rates as Concrete and no early stopping. Whether the paper's units were centred in this
-experiment is not stated.
+m = 50: compare the columns of a row, not rows, and not ours with theirs. Learning rate 3e-4 and
+weight decay 1e-3 are what it states for Concrete; for VIMCO it states a search and early stopping,
+not what was found, so ours has the same rates as Concrete and no early stopping. Whether the
+paper's units were centred in this experiment is not stated.
 """
 
 from chapters.ch03_score_function import nvil, nvil_init
