@@ -124,9 +124,14 @@ def _sweep(runs, arguments):
 
 
 def _table(runs, arguments):
-    places = plots.places(
-        arguments.table, runs, lambda name: load_record(arguments.out / f"{name}.json")
-    )
+    def load(name):
+        try:
+            return load_record(arguments.out / f"{name}.json")
+        except DamagedFile as error:
+            print(f"{error}; a sweep makes it anew", file=sys.stderr)
+            raise FileNotFoundError(name) from error
+
+    places = plots.places(arguments.table, runs, load)
     command = f"python -m experiments sweep {arguments.table_name}"
     print(plots.markdown(arguments.table, places, command), end="")
 

@@ -179,6 +179,13 @@ def chosen(size, n):
     return np.arange(size) if n >= size else np.random.default_rng(20091102).permutation(size)[:n]
 
 
+def one_of(config, key, choices):
+    """Return the setting `key`, which must be one of the choices."""
+    if config[key] not in choices:
+        raise RunError(f"{key} must be one of {', '.join(choices)}; got {config[key]!r}")
+    return config[key]
+
+
 def with_error(name, values):
     """Mean and standard error of values of images (n,), as two scalars of a record."""
     values = np.asarray(values, np.float64)
@@ -202,6 +209,7 @@ def execute(run, config, out=RESULTS, checkpoint_seconds=30.0, mixed=False, prog
     name = record_name(run, config)
     folder, target = runs_folder() / name, Path(out) / f"{name}.json"
     _refuse_shorter(target, config)
+    _refuse_unwritable(Path(out))
     here = origin()
     with _only_one(folder), _threads(config["threads"]):
         rng = np.random.default_rng(np.random.SeedSequence([config["seed"], int(_key(config), 16)]))
@@ -270,6 +278,13 @@ def _refuse_shorter(target, config):
                     f"{target} holds {steps} steps, and a run of {config['steps']} would replace "
                     "it; ask for at least as many, or write elsewhere with --out FOLDER"
                 )
+
+
+def _refuse_unwritable(out):
+    """Say so now, not after hours, when the record is there."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise RunError(f"{there} is no folder to write to; give another one with --out FOLDER")
 
 
 def _load(data):

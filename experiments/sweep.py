@@ -28,12 +28,15 @@ ORIGIN = runner.origin()  # when the code was imported: a Dask worker may live l
 def configs(table, runs, steps=None, only=""):
     """Return the configs of a table's cells, in its order: a dict by the name of the record.
 
-    `steps` replaces those of every cell; `only` chooses the cells whose "row/column" contains it.
-    Of cells that share a record the one with most steps counts.
+    `steps` replaces those of every cell; `only` chooses the row, or the "row/column", that is so
+    called, or else the cells whose "row/column" contains it. Of cells that share a record the one
+    with most steps counts.
     """
-    found = {}
+    found, exact = {}, {cell.row for cell in table.cells}
+    exact |= {f"{cell.row}/{cell.column}" for cell in table.cells}
     for cell in table.cells:
-        if only in f"{cell.row}/{cell.column}":
+        place = f"{cell.row}/{cell.column}"
+        if only in (cell.row, place) if only in exact else only in place:
             name, config = configured(cell, runs, steps)
             if name not in found or found[name]["steps"] < config["steps"]:
                 found[name] = config
@@ -121,6 +124,8 @@ def _on_this_machine(todo, runs, jobs, options):
                 )
                 with _environment(ONE_THREAD):
                     process.start()
+                if jobs > 1:
+                    print(f"{name}: begun", flush=True)
                 sender.close()  # so that the end of the process is the end of the pipe
                 running[receiver] = name, process
             for receiver in connection.wait(list(running)):

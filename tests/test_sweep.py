@@ -251,10 +251,10 @@ def test_a_table_shows_ours_beside_published_and_what_is_missing(tmp_path, capsy
     slow, fast = (load_record(out / f"{name}.json") for name in DRIFTS[:2])
     height = f"{slow['scalars']['height']:.2f} ± 0.25"
     loss = plots._number(slow["curves"]["loss"]["values"][-1])
-    assert f"| first [b] | height | {height} [a] (-1.0) | " in text
+    assert f"| first, 40 steps [b] | height | {height} [a] (-1.0) | " in text
     assert f"| {fast['scalars']['height']:.2f} ± 0.25† |  |" in text
     assert re.search(rf"\|  \| last loss \| {re.escape(loss)} \| \S+† \|  \|", text)
-    assert f"| second | height | {height} |  | not run |" in text
+    assert f"| second, 30 or 40 steps | height | {height} |  | not run |" in text
     assert f"|  | last loss | {loss} |  | not run (7) |" in text
     assert text.count("(-1.0)") == text.count("(7)") == 1
     seconds = [f"{record['seconds']:,.0f} s" for record in (slow, fast)]
@@ -350,7 +350,7 @@ def test_a_table_is_drawn_however_much_of_it_is_there(tmp_path, drawn):
     assert sorted(full["records"]) == DRIFTS[:2]
     texts = set(full["axes"][0]["texts"])
     assert {"slow", "published", "-1.0", "7", "not run", "[a] Slow."} <= texts
-    assert any(line.startswith("| first [b] | height | ") for line in full["markdown"])
+    assert any(line.startswith("| first, 40 steps [b] | height | ") for line in full["markdown"])
     curves = drawn("curves")
     assert "markdown" not in curves
     labels = [[a["label"] for a in ax["artists"]] for ax in curves["axes"]]

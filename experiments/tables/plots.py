@@ -95,7 +95,9 @@ def _grid(table, found):
     lines = []
     for name, shared, row in _rows(table, found):
         labels = dict.fromkeys(label for place in row.values() for label in place.cell.values)
-        head = name + _marks(shared)
+        steps = sorted({place.steps for place in row.values()})
+        after = "" if _after(found) else f", {' or '.join(f'{n:,}' for n in steps)} steps"
+        head = name + after + _marks(shared)
         for label in labels:
             entries = []
             for column in _columns(table):
@@ -130,17 +132,32 @@ def markdown(table, found, command):
     ]
     parts = [
         f"# {table.title}",
-        table.protocol.partition("\n")[2].strip(),
+        table.protocol.strip(),
+        _after(found),
         _pipes(["", "", *columns], lines),
-        "Ours, with ± its standard error where there is one; in parentheses the published number.",
+        _legend(lines, table),
         f"{FEWER} After fewer steps than the table asks for." if _any_fewer(found) else "",
         *(f"[{letter}] {text}" for letter, text in table.notes.items()),
         table.source,
         "## Steps and time",
         _pipes(["", "data", "seed", *columns], runs),
-        f"Seconds are those of {_machine(found)}. The records are made by `{command}`.",
+        f"Seconds are wall time, {_machine(found)}, other work beside: they do not rank methods. "
+        f"The records are made by `{command}`.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _after(found):
+    """How many steps the numbers are after, if it is the same for all; else the rows say it."""
+    steps = {place.steps for place in found}
+    return f"After {steps.pop():,} steps:" if len(steps) == 1 else ""
+
+
+def _legend(lines, table):
+    published = any(cell.published for cell in table.cells)
+    parts = ["in parentheses the published number"] * published
+    parts += ["± the standard error"] * any("±" in text for line in lines for text in line)
+    return f"Ours; {', '.join(parts)}." if parts else ""
 
 
 def _beside(ours, published):
@@ -235,6 +252,7 @@ def _layout(table, found):
 
 
 def _below(table, found):
+    yield _after(found).replace(":", ".")
     yield from (f"[{letter}] {text}" for letter, text in table.notes.items())
     if _any_fewer(found):
         yield f"{FEWER} After fewer steps than the table asks for."

@@ -18,17 +18,25 @@ units (theirs two or four, with weight decay) and learns alone in the first 1,00
 table of REBAR's first epochs for ours beside theirs after as many steps.
 
 Training ELBO: the mean over the last 2,084 steps, an epoch of MNIST, of the one-sample ELBO of the
-batch, with the parameters as they change. Validation: the bound by 100 samples.
+batch, with the parameters as they change, and hard bits for all; the papers print the highest of
+such means. Validation: the bound by 100 samples, higher than an ELBO by that alone, of 2,000 random
+images. One seed: differences below half a nat say nothing.
 """
 
 import numpy as np
 
-from chapters.ch03_score_function import bernoulli_draws, encode, log_joint, log_posterior
+from chapters.ch03_score_function import (
+    MODELS,
+    bernoulli_draws,
+    encode,
+    log_joint,
+    log_posterior,
+)
 from chapters.ch06_importance import iwae_bound
 from chapters.ch08_control_variates import METHODS, training_step
 from chapters.ch09_atlas import METHODS as ONE_LAYER_METHODS
 from experiments import ch08
-from experiments.runner import Parts, Run, chosen
+from experiments.runner import Parts, Run, chosen, one_of
 from experiments.tables import Cell, Table
 from experiments.tables.plots import draw_curves, draw_table
 from minigrad.data import binarize
@@ -63,6 +71,8 @@ def many_sample_bound(params, x, mean, rng, k):
 
 def discrete_vae(config, data, rng):
     """A VAE with Bernoulli latents, trained by one estimator; 100-sample bound on validation."""
+    one_of(config, "model", MODELS)
+    one_of(config, "method", [*METHODS, "rebar_towards_mean", *ONE_LAYER_METHODS])
     train, valid = images_of(data, config["fresh_bits"])
     mean = train.mean(0)
     if config["method"] in ONE_LAYER_METHODS:
@@ -114,18 +124,18 @@ COLUMN |= {"relax": "RELAX"}
 NOTES = {"nonlinear": "a", "nonlinear_wide": "b"}
 
 
-def cell(data, model, method, published):
-    """One training of the table."""
+def cell(data, model, method, published=None, rate=None):
+    """One training of the table, with another learning rate than 1e-3 perhaps."""
     known = {} if published is None else {"training ELBO": published}
     return Cell(
-        f"{DATA[data]}, {ROW[model]}",
+        f"{DATA[data]}, {ROW[model]}" + (f", rate {rate:.0e}" if rate else ""),
         COLUMN[method],
         "discrete_vae",
         data,
-        {"model": model, "method": method},
+        {"model": model, "method": method} | ({"learning_rate": rate} if rate else {}),
         {"training ELBO": "elbo", "validation bound": "valid_bound"},
         known,
-        NOTES.get(model, "") + ("c" if data == "omniglot" else ""),
+        "d" if rate else NOTES.get(model, "") + ("c" if data == "omniglot" else ""),
     )
 
 
@@ -138,7 +148,8 @@ TABLE = Table(
         cell(data, model, method, value)
         for (data, model), values in PUBLISHED.items()
         for method, value in zip(METHODS, values, strict=True)
-    ],
+    ]
+    + [cell("binarized_mnist", "nonlinear", m, rate=3e-4) for m in ("concrete", "rebar", "relax")],
     {
         "a": "The paper prints -102.2, -101.5 and -101.1 (Omniglot: -110.4, -109.58, -108.72) "
         "under Concrete, NVIL and MuProp. Its history shows that a column was put in front of "
@@ -149,6 +160,9 @@ TABLE = Table(
         "the text says, so that they are another model's.",
         "c": "Omniglot redrawn from its strokes: not the file of the publications, so that only "
         "the differences between columns can be compared.",
+        "d": "The papers searched the rate for each cell, ours has one for all. On the nonlinear "
+        "model a smaller one is better for each of these columns, and by more for REBAR than for "
+        "Concrete: differences between columns of this table include the choice of the rate.",
     },
     {"training ELBO": "elbo"},
 )

@@ -8,10 +8,11 @@ authors' program, except for tanh (theirs: ReLU). (The paper has widths of 30, 6
 the kernel's deviation, 0.1 in both, as a variance.) One record holds them all, that of chapter 12,
 which also shows the curves.
 
-Shown: the largest distance between the marginal distribution functions of the fitted law, a mixture
-of 10,000 kernels, and of the exact posterior, by quadrature in two dimensions; and the divergence
-from the posterior, in nats. Mean over three fits from different seeds, with its standard error. The
-published distances are between 2,000 draws of each law, which has a floor: see the note.
+Shown: the Kolmogorov-Smirnov (KS) distance, which is the largest between the marginal distribution
+functions of the fitted law, a mixture of 10,000 kernels, and of the exact posterior, by quadrature
+in two dimensions; and the KL divergence of the fitted law from the posterior, in nats. Mean over
+three fits from different seeds, with its standard error. The published distances are between 2,000
+draws of each law, which has a floor: see the note.
 """
 
 import math

@@ -8,7 +8,8 @@ batch; `MNIST` is Larochelle's binarisation, 7 x 7 grids of 128 codes.
 Distortion is minus the log-likelihood of a test image given its codes. The three priors are what
 the codes of an image cost by each: uniform over the codebook, the frequencies of the codes, and
 the PixelCNN. The bound is the likelihood with the last of them. All in nats per test image, all
-test images. Squared error is that of the pixel means, as a share of the pixels' variance.
+test images. Perplexity: the exponential of the entropy of the codes' frequencies, at most the size
+of the codebook. Squared error is that of the pixel means, as a share of the pixels' variance.
 """
 
 from experiments.tables import Cell, Table
