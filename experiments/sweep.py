@@ -180,7 +180,11 @@ def _on_cluster(address, todo, runs, out, options):
         from distributed import Client, as_completed
     except ImportError as error:
         raise RunError("--dask needs distributed: pip install 'minigrad[dask]'") from error
-    with Client(address) as client:
+    try:
+        client = Client(address)
+    except (OSError, ValueError) as error:
+        raise RunError(f"no scheduler at {address!r} (tcp://HOST:8786, say): {error}") from error
+    with client:
         futures = {}
         for name, config in todo.items():
             # A sweep that was cut off finds its tasks again, unless steps or sources have changed.

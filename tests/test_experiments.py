@@ -315,6 +315,14 @@ def test_a_nan_names_step_and_operation_and_keeps_the_last_good_checkpoint(tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(tmp_path, capsys):
+    own = tmp_path / "own"
+    own.write_text("no folder")
+    assert main(["run", "walk", "--out", str(own / "x")], RUNS) == 1
+    assert f"{own} is no folder to write to" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_shorter_run_does_not_replace_a_longer_one(tmp_path, monkeypatch):
     do(tmp_path)
     before = (tmp_path / "out" / "walk.json").read_bytes()

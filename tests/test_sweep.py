@@ -3,6 +3,7 @@
 As a script this file is the command line over the tables below, so that a sweep can be killed.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -104,6 +105,7 @@ TABLES = {
         {},
     ),
 }
+ROWS = {"a": 0.1, "a, wide": 0.2, "b": 0.3}
 DRIFTS = ["drift", "drift_rate=0.5", "drift_rate=1.0"]
 
 
@@ -230,6 +232,10 @@ def test_a_sweep_that_cannot_be_done_as_asked_says_what_can(tmp_path, monkeypatc
     )
     assert "--jobs must be at least 1" in error("sweep", "drifts", "--jobs", "0")
     assert "first/slow: steps must be" in error("sweep", "drifts", "--steps", "0")
+    with contextlib.suppress(ImportError):
+        import distributed  # noqa: F401
+
+        assert "no scheduler at 'nowhere'" in error("sweep", "drifts", "--dask", "nowhere")
     monkeypatch.setitem(sys.modules, "distributed", None)
     assert "minigrad[dask]" in error("sweep", "drifts", "--dask", "tcp://nowhere:1")
     assert not (tmp_path / "runs").exists()
@@ -242,6 +248,22 @@ def fill(tmp_path, **steps):
         name, config = sweep.configured(place, RUNS, number)
         runner.execute(RUNS["drift"], config, tmp_path / "out", progress=False)
     return tmp_path / "out"
+
+
+def test_a_row_is_chosen_by_its_name_though_others_contain_it():
+    table = TABLES["long"]._replace(cells=[cell(row, "x", {"rate": r}) for row, r in ROWS.items()])
+    found = {only: len(sweep.configs(table, RUNS, only=only)) for only in ("a", "a/x", "a, wi", "")}
+    assert found == {"a": 1, "a/x": 1, "a, wi": 1, "": 3}
+    assert len(sweep.configs(table, RUNS, only="x")) == 3
+
+
+def test_a_damaged_record_is_named_and_the_rest_of_the_table_shown(tmp_path, capsys):
+    out = fill(tmp_path, slow=40, fast=40)
+    (out / "drift.json").write_text("{")
+    assert command(tmp_path, "table", "drifts") == 0
+    shown, message = capsys.readouterr()
+    assert "drift.json is damaged" in message and "a sweep makes it anew" in message
+    assert "| not run [a] (-1.0) | " in shown and "± 0.25" in shown
 
 
 def test_a_table_shows_ours_beside_published_and_what_is_missing(tmp_path, capsys):

@@ -128,6 +128,12 @@ def test_a_discrete_autoencoder_is_trained_and_validated_as_its_table_says(
     assert bound == pytest.approx(exact(many).mean(), abs=5e-3)
 
 
+@pytest.mark.parametrize("name", ["discrete_vae", "structured", "iwae_schedule"])
+def test_an_unknown_method_is_answered_with_those_there_are(name):
+    with pytest.raises(runner.RunError, match=r"method must be one of .*; got 'nowhere'"):
+        set_up(name, None, method="nowhere")
+
+
 def test_relax_learns_its_control_variate_before_the_model():
     small = {"method": "relax", "latents": 2, "control_width": 3, "pretraining": 2}
     parts = set_up("discrete_vae", None, **small)
