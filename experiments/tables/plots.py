@@ -95,7 +95,7 @@ def _grid(table, found):
     lines = []
     for name, shared, row in _rows(table, found):
         labels = dict.fromkeys(label for place in row.values() for label in place.cell.values)
-        steps = sorted({place.steps for place in row.values()})
+        steps = sorted({_trained(place) for place in row.values()})
         after = "" if _after(found) else f", {' or '.join(f'{n:,}' for n in steps)} steps"
         head = name + after + _marks(shared)
         for label in labels:
@@ -148,9 +148,13 @@ def markdown(table, found, command):
 
 
 def _after(found):
-    """How many steps the numbers are after, if it is the same for all; else the rows say it."""
-    steps = {place.steps for place in found}
-    return f"After {steps.pop():,} steps:" if len(steps) == 1 else ""
+    """After how many steps the trainings end, if it is the same for all; else the rows say it."""
+    steps = {_trained(place) for place in found}
+    return f"Each trained for {steps.pop():,} steps." if len(steps) == 1 else ""
+
+
+def _trained(place):
+    return max(place.steps, _taken(place)) if place.record else place.steps
 
 
 def _legend(lines, table):
@@ -252,7 +256,7 @@ def _layout(table, found):
 
 
 def _below(table, found):
-    yield _after(found).replace(":", ".")
+    yield _after(found)
     yield from (f"[{letter}] {text}" for letter, text in table.notes.items())
     if _any_fewer(found):
         yield f"{FEWER} After fewer steps than the table asks for."

@@ -9,10 +9,11 @@ the learning rate. MNIST is Larochelle's fixed binarisation (50,000 to train, 10
 Omniglot is drawn once into 28 x 28 pixels from the strokes and binarised once, 23,000 to train and
 1,345 to validate: it is not the file of the publications.
 
-Ours, where the papers do not say or vary: learning rate 1e-3 everywhere (theirs were searched, and
-are not published); batches drawn with replacement; RELAX's network has two hidden layers of 200
-units (theirs two or four, with weight decay) and learns alone in the first 1,000 of the steps
-(theirs before them); REBAR's temperature is learned from 0.5, that of Concrete is 0.5.
+Ours, where the papers do not say or vary: learning rate 1e-3 where the row names no other (theirs
+were searched, and are not published); batches drawn with replacement; RELAX's network has two
+hidden layers of 200 units (theirs two or four, with weight decay) and learns alone in the first
+1,000 of the steps (theirs before them); REBAR's temperature is learned from 0.5, that of Concrete
+is 0.5.
 
 50,016 steps are a fortieth of the papers': compare the columns of ours with each other, and see the
 table of REBAR's first epochs for ours beside theirs after as many steps.
@@ -20,7 +21,7 @@ table of REBAR's first epochs for ours beside theirs after as many steps.
 Training ELBO: the mean over the last 2,084 steps, an epoch of MNIST, of the one-sample ELBO of the
 batch, with the parameters as they change, and hard bits for all; the papers print the highest of
 such means. Validation: the bound by 100 samples, higher than an ELBO by that alone, of 2,000 random
-images. One seed: differences below half a nat say nothing.
+images. One seed: differences below a nat say nothing.
 """
 
 import numpy as np
