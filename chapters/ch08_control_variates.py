@@ -930,6 +930,11 @@ def towards_mean(z, logits, temperature):
     return expit(z / temperature + temperature / (temperature + 1) * logits)
 
 
+# %% [markdown]
+# With either, the value of {eq}`eq-cv-layers` and the estimates of one pass:
+
+
+# %%
 def relaxed_value(params, x, mean, temperature, l, z, logits, bits, noise, relax):
     """f (B,) with the bits below layer l as drawn, and relaxed from there on, from z (B, d)."""
     codes = [*bits[:l], relax(z, logits[l], temperature[l])]
@@ -955,12 +960,8 @@ def layer_estimates(control, params, x, mean, f, logits, bits, noise, relax=towa
     estimates = []
     for l, (a, b) in enumerate(zip(logits, bits)):
         z = a + noise[l]
-        c, slope = with_slopes(
-            lambda z, l=l: layer_control(
-                control, params, x, mean, l, z, logits, bits, noise, relax
-            ),
-            z,
-        )
+        value = functools.partial(layer_control, control, params, x, mean, l)
+        c, slope = with_slopes(lambda z, c=value: c(z, logits, bits, noise, relax), z)
         kappa = -np.expm1(-np.abs(z)) * expit((2 * b - 1) * a)  # Eq. (eq-cv-slope)
         estimates.append((f - c)[..., None] * score(b, a) + (1 - kappa) * slope)
     return estimates

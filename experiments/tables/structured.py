@@ -111,9 +111,9 @@ TABLE = Table(
     ],
     {
         "a": "The column is NVIL for m = 1, where VIMCO is not defined: the paper's caption says "
-        "so. The table is quoted in lectures under the heading VIMCO alone.",
+        "so, and a lecture that quotes the table does not.",
         "b": "At m = 50 VIMCO has the better published test values in both models (51.8 against "
-        "53.4, 50.2 against 52.0). Lectures that quote the table conclude that Concrete is better.",
+        "53.4, 50.2 against 52.0). A lecture that quotes the table says that Concrete is better.",
     },
     {"test NLL of 200 images": "test_nll"},
 )
