@@ -283,7 +283,8 @@ def draw_curves(name):
         row, column = place.cell.row, place.cell.column
         curves = place.record["curves"] if place.record else {}
         for label, pattern in table.curve.items():
-            if curve := curves.get(pattern.format(row=row, column=column)):
+            curve = curves.get(pattern.format(row=row, column=column))
+            if curve and len(curve["steps"]) > 1:  # a point is no curve
                 panels.setdefault((row, label), {})[column] = curve["steps"], curve["values"]
     cols = min(2, max(1, len(panels)))
     height = max(1, math.ceil(len(panels) / cols))
@@ -292,8 +293,8 @@ def draw_curves(name):
     for ax, ((row, label), curves) in zip(axes.flat, panels.items()):
         ax.set(title=row, xlabel="step", ylabel=label)
         for column, (steps, values) in curves.items():
-            look = looks[column] | ({"marker": "."} if len(steps) == 1 else {})
-            lines[column] = ax.plot(steps, values, label=column, **look)[0]
+            lines[column] = ax.plot(steps, values, label=column, **looks[column])[0]
+        ax.locator_params(axis="x", nbins=5)  # steps have up to six digits
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
     if not panels:
