@@ -77,7 +77,7 @@ def sweep(
         record = recorded(name, config, out)
         if record is None or record["config"]["steps"] < config["steps"]:
             missing[name] = config
-    print(f"{len(todo)} runs, {len(todo) - len(missing)} of them done", flush=True)
+    print(f"{len(todo) - len(missing)} of {len(todo)} runs done", flush=True)
     options = {"checkpoint_seconds": checkpoint_seconds, "mixed": mixed}
     if dask:
         outcomes = _on_cluster(dask, missing, runs, Path(out), options)

@@ -144,14 +144,14 @@ def alone(tmp_path, monkeypatch, table):
 def test_a_sweep_does_each_run_once_and_a_repeated_one_nothing(tmp_path, monkeypatch, capsys):
     before = dict(os.environ)
     assert command(tmp_path, "sweep", "drifts", "--jobs", "2") == 0
-    assert "3 runs, 0 of them done" in capsys.readouterr().out
+    assert "0 of 3 runs done" in capsys.readouterr().out
     assert os.environ == before
     found = results(tmp_path / "out")
     assert sorted(found) == DRIFTS
     assert found == alone(tmp_path, monkeypatch, "drifts")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert command(tmp_path, "sweep", "drifts") == 0
-    assert capsys.readouterr().out == "3 runs, 3 of them done\n"
+    assert capsys.readouterr().out == "3 of 3 runs done\n"
     assert command(tmp_path, "sweep", "drifts", "--steps", "20") == 0  # there are more already
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
 
@@ -160,7 +160,7 @@ def test_a_sweep_does_each_run_once_and_a_repeated_one_nothing(tmp_path, monkeyp
     torn.write_bytes(torn.read_bytes()[:-9])
     options = ["--only", "first/slow", "--steps", "45"]
     assert command(tmp_path, "sweep", "drifts", *options) == 0
-    assert "1 runs, 0 of them done\n[1/1] drift: 45 steps" in capsys.readouterr().out
+    assert "0 of 1 runs done\n[1/1] drift: 45 steps" in capsys.readouterr().out
     log = (tmp_path / "runs" / "drift" / "log.jsonl").read_text()
     assert (
         log.count('"step"') == 9 and results(tmp_path / "out")["drift"][0]["config"]["steps"] == 45
@@ -170,7 +170,7 @@ def test_a_sweep_does_each_run_once_and_a_repeated_one_nothing(tmp_path, monkeyp
 def test_runs_that_fail_are_reported_and_the_others_done(tmp_path, capsys):
     assert command(tmp_path, "sweep", "troubles", "--jobs", "2", "--checkpoint-seconds", "0") == 1
     out, error = capsys.readouterr()
-    assert "4 runs, 0 of them done" in out and [*results(tmp_path / "out")] == ["drift"]
+    assert "0 of 4 runs done" in out and [*results(tmp_path / "out")] == ["drift"]
     assert re.search(r"trouble=nan: FAILED: .* step 8: loss is nan; .*first NaN in .*log", out)
     assert "trouble=dies: FAILED: the process ended with code -9" in out
     assert "Traceback" in out and "IndexError: seven is too many" in out

@@ -16,7 +16,7 @@ from chapters.ch06_importance import bound_step, iwae_bound, vimco_free_signal
 from chapters.ch07_concrete import structured_step
 from chapters.ch08_control_variates import make_method, training_step
 from chapters.ch09_atlas import METHODS as ONE_LAYER_METHODS
-from experiments import ch05, runner, sweep
+from experiments import ch05_conv, runner, sweep
 from experiments.ch06 import estimate
 from experiments.tables import (
     Cell,
@@ -293,9 +293,9 @@ def test_bounds_of_a_convolutional_vae_are_exact_where_pixels_do_not_depend_on_t
     constant = lambda _, z, x: np.full(z.shape[:-1], -3.0)
     divergence = kl_to_prior(*conv_encode(params["encoder"], x))
     assert np.min(divergence) > 0.1
-    bounds = ch05.conv_bounds(params, x, constant, rng, 10_000)
+    bounds = ch05_conv.conv_bounds(params, x, constant, rng, 10_000)
     np.testing.assert_allclose(bounds, -3.0, atol=0.05)
-    found = ch05.conv_elbos(params, x, constant, rng)
+    found = ch05_conv.conv_elbos(params, x, constant, rng)
     np.testing.assert_allclose(found, np.stack([-3 - divergence, divergence], axis=1), rtol=1e-5)
 
 
