@@ -2,7 +2,7 @@
 
 import numpy as _np
 
-from minigrad import arrays, elementwise, linalg, special, tree  # noqa: F401
+from minigrad import arrays, elementwise, linalg, products, special, tree  # noqa: F401
 from minigrad.core import primitive
 from minigrad.transforms import (
     grad,

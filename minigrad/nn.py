@@ -13,9 +13,9 @@ import math
 
 import numpy as np
 
-from minigrad.arrays import rows_by_rows, rows_times_matrix
 from minigrad.core import plain, primitive
 from minigrad.kernels import conv
+from minigrad.products import rows_by_rows, rows_times_matrix
 
 __all__ = [
     "affine",
