@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments import runner, sweep
+from experiments import runner, status, sweep
 from experiments.tables import plots
 from minigrad.train import DamagedFile, load_record
 
@@ -71,10 +71,10 @@ def _parser():
     table.set_defaults(command=_table)
     table.add_argument("table")
 
-    status = commands.add_parser("status", help="how far each run is, or each cell of a table")
-    status.set_defaults(command=_status)
-    status.add_argument("table", nargs="?")
-    for command in (run, sweeping, table, status):
+    progress = commands.add_parser("status", help="how far each run is, or each cell of a table")
+    progress.set_defaults(command=_status)
+    progress.add_argument("table", nargs="?")
+    for command in (run, sweeping, table, progress):
         command.add_argument(
             "--out", type=Path, default=runner.RESULTS, help="folder of the records"
         )
@@ -150,10 +150,10 @@ def _status(runs, arguments):
         rows = []
         for cell in arguments.table.cells:
             name, config = sweep.configured(cell, runs)
-            row = runner.row(name, arguments.out, config)
+            row = status.row(name, arguments.out, config)
             rows.append(row | {"row": cell.row, "column": cell.column})
     else:
-        rows = runner.overview(runs, arguments.out)
+        rows = status.overview(runs, arguments.out)
     if not rows:
         print("nothing has been run yet")
         return

@@ -15,7 +15,8 @@ from multiprocessing import connection
 from pathlib import Path
 
 from experiments import runner
-from experiments.runner import RunError, duration
+from experiments.runner import RunError
+from experiments.status import duration
 from minigrad.train import DamagedFile, load_record, save_record
 
 # Read by the libraries when they are imported; `execute` then limits BLAS to the config's threads.

@@ -18,7 +18,7 @@ import pytest
 
 import figures.__main__ as driver
 from chapters import records
-from experiments import runner, sweep
+from experiments import runner, status, sweep
 from experiments.__main__ import main
 from experiments.tables import Cell, Table, plots
 from figures import find
@@ -319,7 +319,7 @@ def test_the_status_of_a_table_shows_each_cell_and_the_time_left(tmp_path, capsy
 def test_times_are_told_in_words():
     times = [0.4, 99, 101, 5000, 6001, 100 * 3600, 3 * 86400]
     words = ["0 s", "99 s", "2 min", "83 min", "1.7 h", "4.2 days", "3.0 days"]
-    assert [runner.duration(seconds) for seconds in times] == words
+    assert [status.duration(seconds) for seconds in times] == words
 
 
 def test_numbers_are_printed_to_two_digits_of_their_error():

@@ -16,7 +16,7 @@ from chapters.ch06_importance import bound_step, iwae_bound, vimco_free_signal
 from chapters.ch07_concrete import structured_step
 from chapters.ch08_control_variates import make_method, training_step
 from chapters.ch09_atlas import METHODS as ONE_LAYER_METHODS
-from experiments import ch05_conv, runner, sweep
+from experiments import ch05_conv, runner, status, sweep
 from experiments.ch06 import estimate
 from experiments.tables import (
     Cell,
@@ -395,7 +395,7 @@ def test_the_time_left_is_that_of_the_steps_left(tmp_path):
     asked = {steps: runner.configure(TWO, "two", None, {"steps": steps}) for steps in (10, 40)}
     record = {"config": asked[10], "seconds": 20.0, "curves": {}}
     save_record(tmp_path / "two.json", record, {})
-    rows = [runner.row("two", tmp_path, config) for config in (None, *asked.values())]
+    rows = [status.row("two", tmp_path, config) for config in (None, *asked.values())]
     assert [(row["left"], row["state"]) for row in rows] == [
         ("", "finished"),
         ("", "finished"),
