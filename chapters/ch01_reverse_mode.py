@@ -30,6 +30,8 @@
 # | $h$ | step of a finite difference | scalar |
 # | $\varepsilon$ | spacing of floating-point numbers at 1, $2^{-52}$ in float64 | scalar |
 # | $Y$, $\bar Y$ | result of one operation on arrays, and its cotangent | as the result |
+# | $B$ | number of data in a batch | () |
+# | $D$ | dimension of an event: numbers in one input of the network | () |
 # | $C$, $E$ | any two arrays of one shape | $(B, H)$ |
 # | $\odot$ | elementwise product | of two arrays of one shape |
 # | $\varphi$ | any function of one number, applied to every entry | as its argument |
@@ -37,7 +39,7 @@
 # | $W$, $b$, $w$ | parameters of a network with $H$ hidden units | $(D, H)$, $(H,)$, $(H,)$ |
 # | $P$, $A$, $s$ | hidden units before and after tanh, and logits | $(B, H)$ both, $(B,)$ |
 # | $\sigma(\cdot)$ | logistic function, $\sigma(s) = 1 / (1 + e^{-s})$ | as its argument |
-# | $\ell$ | its log-likelihood, averaged over the batch | scalar, nats |
+# | $\ell$ | log-likelihood of the network, averaged over the batch | scalar, nats |
 
 # %% [markdown]
 # ## Derivation
@@ -1206,10 +1208,11 @@ def test_tape_stored_cotangents_break_the_second_call():
 
 
 # %% [markdown]
-# **The rule leaves the table.** Write `math.cos` for `cos` in the rule of the sine. The first
-# derivative is right. The second is zero, without a word: nobody recorded that the cosine depends
-# on the argument. Only a check of order 2 notices. The test also holds the check to account: it
-# must reject a rule that is wrong by one part in a thousand, at order 1 or only at order 2.
+# **The rule leaves the table.** Write `math.cos(plain(a))` for `cos(a)` in the rule of the sine.
+# (Without `plain`, `math.cos` refuses a `Var`: that mistake is loud.) The first derivative is
+# right. The second is zero, without a word: nobody recorded that the cosine depends on the
+# argument. Only a check of order 2 notices. The test also holds the check to account: it must
+# reject a rule that is wrong by one part in a thousand, at order 1 or only at order 2.
 
 
 # %%

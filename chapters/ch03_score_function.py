@@ -123,7 +123,7 @@
 #
 # As $\beta \to 0$ the variance grows without limit, although $f$ is bounded. The reason can be
 # read off: nearly always $z = 0$ and the estimate is 0. With probability $\beta$ it is $1/\beta$.
-# All the information is in the rare ones, and a sample of fewer than $1/\beta$ tosses usually
+# All the information is in the rare ones, and a sample of far fewer than $1/\beta$ tosses usually
 # contains none. Is it the fault of the parameter? In the logit, $G = z (1 - \beta)$ and
 #
 # $$ \mathbb{E}[G] = \beta (1 - \beta), \qquad
@@ -246,7 +246,7 @@
 # The best baseline contains expectations that we do not have. It must be guessed, and there is one
 # rule: *the guess must not see the sample it is applied to*. If $m$ is independent of $z$,
 # $\mathbb{E}[m\, s(z)] = \mathbb{E}[m]\, \mathbb{E}[s(z)] = 0$. If it is not, the first equality
-# fails.
+# may fail.
 #
 # **Running mean.** Keep an average of the values of $f$ in earlier steps. It knows the level of
 # $f$, but it is one number for all data.
@@ -1101,17 +1101,18 @@ def training_step(images, mean, optimizer, batch, baseline, k):
 # ### By hand
 #
 # For the linear model with one layer the whole gradient takes a few lines. The encoder has weights
-# $W_\phi$ $(D, d)$ and a bias row, the decoder $W_\theta$ $(d, D)$ and a bias row. A bar marks the
-# derivative of the mean of $f$ over $B$ images; let $t = 2b - 1$, and $\hat x$ be the pixel means.
-# For one sample per image
+# $W_\phi$ $(D, d)$ and a bias row, the decoder $W_\theta$ $(d, D)$ and a bias row. A bar on a
+# parameter marks the estimate of the gradient of the mean ELBO of $B$ images ($\bar x$ is still the
+# mean image); let $t = 2b - 1$, and $\hat x$ be the pixel means. For one sample per image
 #
 # $$ \begin{gathered} \bar W_\theta = \frac1B\, t^\top (x - \hat x), \qquad
 #    \bar \pi = \frac1B \sum_{\text{rows}} \big( b - \sigma(\pi) \big), \\
 #    \bar W_\phi = \frac1B\, (x - \bar x)^\top
 #    \Big( \underbrace{f(b) \odot (b - \sigma(a))}_{G} \Big) , \end{gathered} $$ (eq-score-by-hand)
 #
-# and the biases get the sums over rows of what stands on the right of each product. (The first
-# two are pathwise, the third is the score function. In the third, $f$ is one number per row.)
+# and the biases get the sums over rows of what stands on the right of each product. (In the first
+# two the gradient goes inside the expectation, {eq}`eq-score-elbo-gradient`; the third is the score
+# function. In the third, $f$ is one number per row.)
 
 
 # %%
@@ -1404,14 +1405,14 @@ def test_score_vae_trains_on_digits_in_seconds(record):
 # averaged over images and latents. A running mean divides it by 50; a baseline that knows the
 # image, by another 3.
 #
-# On MNIST, in the fixed binarisation by Larochelle (50,000 images to train, 10,000 to
-# test) {cite}`larochelle2011neural`, the model is `linear_1` ({numref}`fig-bernoulli-vae`). After
-# 20,000 steps of 24 images, ten passes through the data, the test ELBO is −131.2 nats with NVIL and
-# −131.7 with leave-one-out; one run of each does not decide between them. With a running mean it is
-# −137.2. Without a baseline it is at −147.7 half-way and at −149.1 in the end. Again at one
-# model, the variance of its gradient is 139 times that of leave-one-out. (A decoder without latents
-# has −206.0.) None of the four has converged: published runs take two million steps, and report a
-# training ELBO of −112.5 for NVIL {cite}`grathwohl2018backpropagation`.
+# On MNIST, in the fixed binarisation by Larochelle (50,000 images to train, 10,000 to test)
+# {cite}`larochelle2011neural`, the model is `linear_1` ({numref}`fig-bernoulli-vae`). After 20,000
+# steps of 24 images, ten passes through the data, the test ELBO is −131.2 nats with NVIL and −131.7
+# with leave-one-out; one run of each does not decide between them. With a running mean it is
+# −137.2. Without a baseline it is best, −147.7, after 9,000 steps, and at −149.1 in the end. Again
+# at one model, the variance of its gradient is 139 times that of leave-one-out. (A decoder without
+# latents, the mean image, has −205.8.) None of the four has converged: published runs take two
+# million steps, and report a training ELBO of −112.5 for NVIL {cite}`grathwohl2018backpropagation`.
 
 # %%
 METHODS = ["score_function", "baseline", "nvil", "leave_one_out"]
@@ -1498,7 +1499,7 @@ def test_score_term_without_reconstruction_is_rejected(name):
 #    = \frac{k - 1}{k}\, \nabla_\phi J . $$ (eq-score-peeking)
 #
 # Only half the gradient is left at $k = 2$. Likewise a running mean that is updated *before* it is
-# subtracted takes the share with which the new batch entered away from the gradient.
+# subtracted takes the share with which each sample entered the mean away from the gradient.
 
 
 # %%
@@ -1649,9 +1650,9 @@ def test_score_baseline_with_a_traced_target_is_rejected():
 
 # %% [markdown]
 # **Sums over pixels, means over latents.** One `mean` in the place of a `sum`. In the ELBO it makes
-# the KL term $d$ times too cheap, and the result is no bound: it exceeds the log-evidence. In the
-# score it divides the gradient of the encoder by $d$, 200 in the published models. Under Adam alone
-# that is hard to see. It is wrong relative to everything it is added to.
+# the KL term $d$ times too cheap, and the result is no bound: it can exceed the log-evidence. In
+# the score it divides the gradient of the encoder by $d$, 200 in the published models. Under Adam
+# alone that is hard to see. It is wrong relative to everything it is added to.
 
 
 # %%

@@ -758,7 +758,8 @@ def test_reparam_full_covariance_has_the_law_it_should(record):
 # The exact gradient comes from a place that knows nothing of paths. Put a fixed grid over $z$. On
 # it {eq}`eq-path-objective` is a finite sum in which $\phi$ appears in the density only; the
 # trapezoidal rule converges exponentially for integrands of this kind. `check_unbiased` then
-# compares: it fails if the mean is off, and also if an error of 5 % would have gone unnoticed.
+# compares: it fails if the mean is off, and also if in any coordinate an error of 5 % of the
+# largest one would have gone unnoticed, or if a single sample decides what the standard error is.
 
 
 # %%

@@ -738,8 +738,8 @@ def test_concrete_bias_vanishes_and_variance_explodes_with_the_temperature(recor
 
 
 # %% [markdown]
-# Now the rule that the bias grows with the temperature. It holds for a fair bit and for the
-# functions below. It fails for $f = b^2$ at $\beta = 0.8$, where the bias is positive at low
+# Now the rule that the bias grows with the temperature. It holds for a fair bit with each
+# of the functions below. It fails for $f = b^2$ at $\beta = 0.8$, where the bias is positive at low
 # temperatures, zero near $\lambda = 1.3$, and negative above; the function $f = b$, the same on
 # bits, has another bias at every temperature. The third case is the toy problem of the next
 # chapters, to minimise the mean of $f = (b - t)^2$ with $t = 0.499$. On bits it is a linear
@@ -1391,10 +1391,11 @@ def predict(layers, centres, above, draw, k):
 # %% [markdown]
 # One `vjp` serves all estimators. Its outputs are the objective and the logits of the hidden
 # layers. The first gets the cotangent 1: that is the whole gradient if the bits are relaxed, and
-# $\sum_j \tilde w_j \nabla_\theta \log p_\theta(x_\downarrow \mid h_2^{(j)})$ if they are hard. The
-# second get the estimates in the logits, which are zero if the bits are relaxed. `signal` is a
-# baseline in the form of Chapter 3, `nvil` for $k = 1$ or `vimco_free_signal` for more, or `None`
-# for relaxed bits.
+# $\sum_j \tilde w_j \nabla_\theta \log p_\theta(x_\downarrow \mid h_2^{(j)})$ if they are hard,
+# with the normalised weights $\tilde w_j$ of Chapter 6
+# ($w_j = p_\theta(x_\downarrow \mid h_2^{(j)})$). The second get the estimates in the logits, which
+# are zero if the bits are relaxed. `signal` is a baseline in the form of Chapter 3, `nvil` for
+# $k = 1$ or `vimco_free_signal` for more, or `None` for relaxed bits.
 
 
 # %%
@@ -1675,10 +1676,11 @@ def test_concrete_density_without_the_jacobian_is_rejected():
 
 # %% [markdown]
 # **The temperature is applied before the noise.** $\mathrm{softmax}(a/\lambda + g)$ instead of
-# $\mathrm{softmax}((a + g)/\lambda)$: the sample is never near a corner, and its rounding has the
-# law $\mathrm{softmax}(a/\lambda)$. In the same family: probabilities given where logits are meant,
-# $\mathrm{softmax}((\pi + g)/\lambda)$. All outputs lie on the simplex and training proceeds; what
-# fails is rounding.
+# $\mathrm{softmax}((a + g)/\lambda)$: the temperature now scales the logits alone, and rounding has
+# the law $\mathrm{softmax}(a/\lambda)$; as $\lambda \to 0$ all samples go to *one* corner, that of
+# the largest logit. In the same family: probabilities $p = \mathrm{softmax}(a)$ given where logits
+# are meant, $\mathrm{softmax}((p + g)/\lambda)$. All outputs lie on the simplex and training
+# proceeds; what fails is rounding.
 
 
 # %%

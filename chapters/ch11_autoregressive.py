@@ -108,19 +108,24 @@
 # whole windows of the rows above; no mask has to leave anything out on the right, because the
 # current row is not in it. The *horizontal* one sees the current row to the left, and receives the
 # vertical one. Here masks are not needed at all. A window of the current row and those above is a
-# convolution with padding on top only; moving its result down by one row makes it "the rows above".
-# In the same paper the rectifier gives way to a *gate*, $\tanh(s) \odot \sigma(t)$, with two
-# convolutions $s$ and $t$. With $v_l$ and $h_l$ for the output of the vertical and the horizontal
-# stack, $v_0 = h_0 = x$:
+# convolution with padding on top and at the sides, not below; moving its result down by one row
+# makes it "the rows above". In the same paper the rectifier gives way to a *gate*,
+# $\tanh(s) \odot \sigma(t)$, with two convolutions $s$ and $t$. With $v_l$ and $h_l$ for the output
+# of the vertical and the horizontal stack, $v_0 = x$:
 #
 # $$ \begin{aligned}
 #    v_l &= \mathrm{gate}(\mathrm{window}(v_{l-1})), \\
+#    h_1 &= u * \mathrm{gate}\big( \mathrm{left}(\mathrm{right}(x))
+#    + \mathrm{down}(\mathrm{window}(x)) \big), \\
 #    h_l &= h_{l-1} + u * \mathrm{gate}\big( \mathrm{left}(h_{l-1})
-#    + \mathrm{down}(\mathrm{window}(v_{l-1})) \big) ,
+#    + \mathrm{down}(\mathrm{window}(v_{l-1})) \big), \quad l \ge 2 ,
 #    \end{aligned} $$ (eq-ar-gated)
 #
 # where $u$ is a layer of $1 \times 1$ windows, and so is a part of $\mathrm{down}$, behind the move
-# by a row. (The window of $v$ is computed once and used twice.)
+# by a row. The window of $\mathrm{left}$ ends at the pixel itself, so the first block differs: it
+# takes the image moved by one pixel, $\mathrm{right}(x)$, and does not add $x$. Two layers of
+# single pixels make logits of the last $h_l$, as in {eq}`eq-ar-pixelcnn`. (The window of $v$ is
+# computed once and used twice.)
 
 # %% [markdown]
 # ### Sampling without waste
@@ -402,9 +407,10 @@ def likelihood_objective(params, x, _rng, _t, model=pixelcnn):
 # ### The autoencoder
 #
 # The networks $\mathrm{encoder}$ and $\mathrm{decoder}$ are the convolutional ones of Chapter 5. A
-# *posterior* is a function from the encoder's parameters, images and noise to latents and
-# $\log q_\phi(z \mid x) - \log p(z)$ for each of them, so that the flow of Chapter 10 can take the
-# place of the normal law. With the normal law the rate of each latent is known in closed form.
+# *posterior* is a function from the encoder's parameters, images and noise to three things:
+# latents, $\log q_\phi(z \mid x) - \log p(z)$ for each of them, and the rate of each latent. The
+# normal law has rates in closed form; the flow of Chapter 10, which can take its place, has the
+# terms of its one sample for them.
 
 # %%
 from chapters.ch05_vae import conv_decode, conv_encode, conv_vae_init, sample_latent
@@ -1082,15 +1088,15 @@ def test_ar_pixelcnn_of_the_record_beats_independent_pixels_on_digits(record):
 # here collapse is not an optimum. It is the second reason: in the first steps the pixels are
 # quicker. The latents that could have said something were silent before the decoder listened.
 #
-# The cures ({numref}`fig-cures`) confirm it. Warm-up needs no other objective at the end, and keeps
-# a rate of 1.5 nats with eight active units, though it is still falling when the training ends.
-# Free bits keep 2.4. Behind a window of three by three pixels the rate almost collapses, and then
+# The cures ({numref}`fig-cures`) confirm it. Warm-up, over the first 1,000 of the 2,000 steps,
+# needs no other objective at the end, and keeps a rate of 1.5 nats with eight active units, though
+# it is still falling when the training ends. Free bits with $\kappa = 0.25$, two nats for eight
+# latents, keep 2.4. Behind a window of three by three pixels the rate almost collapses, and then
 # comes back: 0.8 at the end, and rising. But the small window loses 1.7 nats of likelihood: as a
-# cure it is worse than the disease. (Seven
-# units count as active there, though two latents hold 0.72 of the 0.78 nats: a variance of 0.01
-# costs a latent about 0.005 nats, so the threshold is low, and the rates say more.) A flow alone
-# cures nothing. Its posterior could fit better, and has nothing to fit: the rate is 0.0005.
-# With free bits it keeps 2.7 nats.
+# cure it is worse than the disease. (Seven units count as active there, though two latents hold
+# 0.71 of the 0.78 nats: a variance of 0.01 costs a latent about 0.005 nats, so the threshold is
+# low, and the rates say more.) A flow alone cures nothing. Its posterior could fit better, and has
+# nothing to fit: the rate is 0.0005. With free bits it keeps 2.7 nats.
 #
 # Does the likelihood gain? One run of each cannot say. The flow's model is collapsed like the one
 # without, and yet they differ by 0.15 nats, more than twice the standard error over images: the
@@ -1632,9 +1638,10 @@ def test_ar_exercise_4_two_bits():
 #
 # $e_i$ depends on no pixel, so {eq}`eq-ar-causal` holds as before. The sampler of this chapter
 # takes $e$ as its offset. Before, two pixels with the same window had the same logit, wherever they
-# are, unless the window reaches beyond the image, where it sees zeros; yet in the middle of an
-# image of a digit ones are far more frequent than at its sides. After 100 steps on digits the
-# numbers are worth more than half a nat.
+# are, unless the window reaches beyond the image (there the later layers see zeros in the place of
+# hidden units, which blank pixels need not have); yet in the middle of an image of a digit ones are
+# far more frequent than at its sides. After 100 steps on digits the numbers are worth more than
+# half a nat.
 # ```
 
 

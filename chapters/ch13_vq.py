@@ -522,9 +522,10 @@ def cost_of_permuting(params, z, x, rng):
 # ### By hand, and by differences
 #
 # The gradient by hand is that of `vq_loss`, for a linear model. Finite differences agree with it
-# where they should: in the decoder always, in the codebook for the codebook term alone, since the
-# reconstruction truly depends on the codes and the convention says no. In the encoder they measure
-# the true gradient, and that is the next check.
+# where they should: in the decoder for the reconstruction, in the codebook for the codebook term,
+# in the encoder for the commitment term. They disagree for the reconstruction in the codebook, on
+# which it truly depends while the convention says no; and in the encoder, where they measure the
+# true gradient, which is the next check.
 
 
 # %%
@@ -613,19 +614,19 @@ def test_vq_true_gradient_is_zero_and_straight_through_is_not(record):
         rng.normal(size=(500, 2)),
     )
     z_q = codebook[quantise(codebook, z_e)[0]]
-    changed = 0
+    changed, largest = 0, 0.0
     for axis in (0, 1):
         step = 1e-4 * np.eye(2)[axis]
         up, down = (codebook[quantise(codebook, z_e + s)[0]] for s in (step, -step))
         inside = np.all(up == down, axis=1)
         changed += np.sum(~inside)
-        assert np.all((f(up) - f(down))[inside] == 0)
+        largest = max(largest, np.max(np.abs(f(up) - f(down))[inside]) / 2e-4)
     record("starts of 500 x 2 within 1e-4 of a border", changed)
-    assert changed <= 3
+    record("true gradient, where no border is near: largest entry", largest)
+    assert changed <= 3 and largest == 0
     loss = lambda z_e: np.sum(f(straight_through(z_e, quantise(codebook, z_e)[1])))
     conventional = grad(loss)(z_e)
     truth = grad(lambda z: np.sum(f(z)))(z_q)
-    record("true gradient: largest entry", 0.0)
     record("straight-through: mean length", np.mean(np.linalg.norm(conventional, axis=1)))
     np.testing.assert_array_equal(conventional, truth)  # g, taken at the code
     assert loss(z_e) == np.sum(f(z_q))  # and the value is that of the code, to the last bit
@@ -1113,7 +1114,8 @@ def test_vq_autoregressive_prior_beats_the_uniform_one(name, record):
 #
 # Models of the digits with codes or normal latents, behind a decoder that sees the latents alone or
 # one that sees the pixels before as well. All have a grid of $2 \times 2$ places, $D = 2$, and the
-# same networks. One of the normal ones has the warm-up of Chapter 11, which takes away the second
+# same networks; there are $K = 16$ codes, so that their rate is $4 \log 16 = 11.1$ nats. One of the
+# normal ones has the warm-up of Chapter 11, which takes away the second
 # reason for collapse, the bad start.
 #
 # Behind the strong decoder normal latents collapse, and codes do not. Two things belong beside this
@@ -1385,7 +1387,7 @@ def figure_dead_codes():
     """Perplexity of 32 codes (left) and distortion (right) on test digits, by care for the codes.
 
     "Small cube" and "data" are where the codebook starts; then it follows its gradient, or moving
-    averages with revival of dead codes.
+    averages, without or with revival of dead codes.
     """
     import matplotlib.pyplot as plt
 
