@@ -12,8 +12,8 @@ Omniglot is drawn once into 28 x 28 pixels from the strokes and binarised once, 
 Ours, where the papers do not say or vary: learning rate 1e-3 where the row names no other (theirs
 were searched, and are not published); batches drawn with replacement; RELAX's network has two
 hidden layers of 200 units (theirs two or four, with weight decay) and learns alone in the first
-1,000 of the steps (theirs before them); REBAR's temperature is learned from 0.5, that of Concrete
-is 0.5.
+1,000 of the steps (theirs before them), so that its curve begins low; REBAR's temperature is
+learned from 0.5, that of Concrete is 0.5.
 
 50,016 steps are a fortieth of the papers': compare the columns of ours with each other, and see the
 table of REBAR's first epochs for ours beside theirs after as many steps.
