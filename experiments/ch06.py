@@ -301,6 +301,7 @@ RUNS = {
             "digits": {},
             "binarized_mnist": {"steps": 100, "leapfrog_step": 0.1},
         },
+        continues=False,  # `steps` chooses the images
     ),
     "labels": Run(
         labels,

@@ -226,8 +226,11 @@ RUNS = {
     "flow_energies": Run(
         flow_energies,
         PLANE | {"steps": 2000, "lengths": [2, 8, 32], "evaluation_samples": 20_000},
+        continues=False,
     ),
-    "flow_curves": Run(flow_curves, PLANE | {"steps": 1500, "evaluation_samples": 4000}),
+    "flow_curves": Run(
+        flow_curves, PLANE | {"steps": 1500, "evaluation_samples": 4000}, continues=False
+    ),
     "flow_vae": Run(
         flow_vae,
         VAE
@@ -239,5 +242,6 @@ RUNS = {
             | {"learning_rate": 1e-3, "eval_every": 1000}
             | {"test_images": 1000, "test_images_10000": 100},
         },
+        continues=False,
     ),
 }

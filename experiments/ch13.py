@@ -306,6 +306,7 @@ RUNS = {
             | {"prior_channels": 64, "prior_depth": 5, "prior_learning_rate": 1e-3}
             | {"eval_every": 1000},
         },
+        continues=False,
     ),
     "vq_variants": Run(
         vq_variants,
@@ -326,5 +327,6 @@ RUNS = {
         | {"stride": 4, "depth": 1, "D": 2, "learning_rate": 4e-3, "steps": 1000, "warm_up": 500}
         | {"channels": 16, "pixel_depth": 1, "first": 15},
         {"digits": {}},
+        continues=False,
     ),
 }

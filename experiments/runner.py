@@ -50,12 +50,14 @@ class Run(NamedTuple):
     `defaults` holds the run's settings and must hold `steps`; `seed`, `threads`, `log_every` and
     `eval_every` have defaults of their own. `data` maps each data set the run can take (a function
     of `minigrad.data`; the first is the default) to the settings that differ on it. A run without
-    `data` gets None.
+    `data` gets None. `continues` is False where `steps` decides more than when to stop, the
+    learning rate say: a longer run is then another one, not the continuation of a shorter one.
     """
 
     setup: Callable
     defaults: dict
     data: dict = {}  # noqa: RUF012  (never changed)
+    continues: bool = True
 
 
 class Parts(NamedTuple):
@@ -219,7 +221,7 @@ def execute(run, config, out=RESULTS, checkpoint_seconds=30.0, mixed=False, prog
     with _only_one(folder), _threads(config["threads"]):
         rng = np.random.default_rng(np.random.SeedSequence([config["seed"], int(_key(config), 16)]))
         parts = Parts(*run.setup(config, _load(config["data"]), rng))
-        start, meta, files = _resume(folder, parts.state, config, here, mixed)
+        start, meta, files = _resume(folder, parts.state, config, run.continues, here, mixed)
         origins = [old for old in meta.get("origins", []) if old != here] + [here]
         clock = _Clock(meta.get("seconds", 0.0))
 
@@ -393,7 +395,7 @@ def checkpoints(folder):
     return sorted(good, key=lambda found: -found[0]), damaged
 
 
-def _resume(folder, like, config, here, mixed):
+def _resume(folder, like, config, continues, here, mixed):
     """Return the snapshot to go on from (or None), its meta, and the files to write to by turns."""
     good, damaged = checkpoints(folder)
     files = [folder / "checkpoint-a.npz", folder / "checkpoint-b.npz"]
@@ -406,6 +408,12 @@ def _resume(folder, like, config, here, mixed):
         print(f"{message}; going on from {path.name} at step {step}", file=sys.stderr)
     if not is_of(config, meta):
         raise RunError(f"{folder} holds this run with other defaults; delete it to begin anew")
+    if not continues and meta["config"]["steps"] != config["steps"]:
+        raise RunError(
+            f"{folder} holds this run with {meta['config']['steps']} steps, over which it has "
+            f"schedules, so that one of {config['steps']} is no continuation; delete the folder to "
+            "begin anew"
+        )
     if step > config["steps"]:
         raise RunError(
             f"{folder} is at step {step} already, past {config['steps']}; ask for more steps, or "

@@ -3,8 +3,10 @@
 As a script this file is the command line over the runs below, so that a process can be killed.
 """
 
+import ast
 import contextlib
 import errno
+import inspect
 import itertools
 import json
 import os
@@ -345,6 +347,34 @@ def test_changed_sources_are_mixed_only_when_told_to(tmp_path, monkeypatch):
     config = runner.configure(RUNS, "walk")
     record = runner.execute(RUNS["walk"], config, tmp_path / "out", mixed=True, progress=False)
     assert record["source_hash"] == "0123456789ab+ba9876543210"
+
+
+def test_a_run_with_schedules_over_its_steps_is_not_continued_by_a_longer_one(tmp_path):
+    run = RUNS["walk"]._replace(continues=False)
+
+    def of(steps):
+        config = runner.configure({"walk": run}, "walk", settings={"steps": steps})
+        return runner.execute(run, config, tmp_path / "out", progress=False)
+
+    first = of(20)
+    assert of(20)["scalars"] == first["scalars"]
+    with pytest.raises(runner.RunError, match="20 steps, over which .* one of 30 .* delete"):
+        of(30)
+
+
+@pytest.mark.parametrize("name", sorted(runner.registry()))
+def test_setups_that_read_the_steps_say_that_they_do_not_continue(name):
+    run = runner.registry()[name]
+    source = inspect.getsource(inspect.getmodule(run.setup))
+    functions = {f.name: f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef)}
+    seen, todo = set(), [run.setup.__name__]
+    while todo:  # the setup and what it calls in its file
+        here = functions[todo.pop()]
+        seen.add(here.name)
+        called = {node.id for node in ast.walk(here) if isinstance(node, ast.Name)}
+        todo += called & functions.keys() - seen
+    reads = any('config["steps"]' in ast.unparse(functions[f]).replace("'", '"') for f in seen)
+    assert reads == (not run.continues)
 
 
 def test_changed_defaults_do_not_continue_an_old_run(tmp_path):
