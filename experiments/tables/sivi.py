@@ -4,8 +4,8 @@ Counts of red mites on 150 leaves, negative binomial with gamma and beta priors 
 semi-implicit posterior of log r and logit p mixes normal kernels over 10 dimensions of noise,
 through hidden layers of 40, 60 and 40 tanh units. It is trained by the surrogate with 50 outer and
 K extra samples, 2,000 steps of Adam with a learning rate of 0.01 times 0.75 every 100 steps: the
-authors' program, except for tanh (theirs: ReLU). (The paper has widths of 30, 60 and 30, and writes
-the kernel's deviation, 0.1 in both, as a variance.) One record holds them all, that of chapter 12,
+authors' program, except for tanh (theirs: ReLU). (The paper has widths of 30, 60 and 30; the
+kernel's deviation is 0.1 in both.) One record holds them all, that of chapter 12,
 which also shows the curves.
 
 Shown: the Kolmogorov-Smirnov (KS) distance, which is the largest between the marginal distribution

@@ -10,8 +10,10 @@ relaxes bits towards their means, as that code does; in the others towards 1/2, 
 With He's weights and bits relaxed towards means no epoch differs from the published one by more
 than 1.1 nats. Four seeds of the second column lie within 0.6, 0.7, 0.3 and 0.4 nats of each other
 in the four epochs: what is left in the second and third is more than chance would make. What still
-differs from the authors: a temperature and a scale of the control variate for each layer
-(theirs: one temperature, a scale for each array of parameters), and no baseline inside REBAR.
+differs from the authors: a temperature and a scale of the control variate for each layer (theirs:
+one temperature, a scale for each array of parameters), moved to lower the squares of the estimates
+in the logits (theirs: of the batch's gradient in the parameters); batches drawn with replacement
+(theirs: shuffled epochs); and no baseline inside REBAR.
 """
 
 import numpy as np
