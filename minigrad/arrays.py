@@ -146,7 +146,9 @@ _transpose = primitive(np.transpose, _transpose_rule, name="transpose")
 @register(np.transpose, np.permute_dims)
 def transpose(x, axes=None):
     """Return `x` with its axes permuted, reversed if `axes` is None."""
-    return _transpose(x, axes=None if axes is None else tuple(a % np.ndim(x) for a in axes))
+    return _transpose(
+        x, axes=None if axes is None else tuple(normalize_axis_index(a, np.ndim(x)) for a in axes)
+    )
 
 
 @register(np.swapaxes)
@@ -163,7 +165,8 @@ def moveaxis(x, source, destination):
     ndim = np.ndim(x)
     source = [source] if isinstance(source, int) else list(source)
     destination = [destination] if isinstance(destination, int) else list(destination)
-    source, destination = [a % ndim for a in source], [a % ndim for a in destination]
+    source = [normalize_axis_index(a, ndim) for a in source]
+    destination = [normalize_axis_index(a, ndim) for a in destination]
     order = [a for a in range(ndim) if a not in source]
     for d, s in sorted(zip(destination, source)):
         order.insert(d, s)
@@ -251,9 +254,9 @@ def stack(arrays, axis=0):
 def split(x, indices_or_sections, axis=0):
     """Return the list of the pieces of `x` along `axis`: equal ones, or cut at given indices."""
     pieces = np.split(np.arange(np.shape(x)[axis]), indices_or_sections)
-    ends = np.cumsum([0] + [len(piece) for piece in pieces])
     before = (slice(None),) * (axis % np.ndim(x))
-    return [x[(*before, slice(start, end))] for start, end in zip(ends, ends[1:])]
+    cuts = [slice(piece[0], piece[-1] + 1) if len(piece) else slice(0) for piece in pieces]
+    return [x[(*before, cut)] for cut in cuts]
 
 
 def _pad_rule(ans, x, pad_width, **_):
@@ -364,7 +367,8 @@ def take(x, indices, axis=None):
     """Return the elements of `x` at `indices` along `axis`, of the flattened array if None."""
     if axis is None:
         x, axis = reshape(x, -1), 0
-    return x[(slice(None),) * (axis % np.ndim(x)) + (plain(indices),)]
+    before = (slice(None),) * normalize_axis_index(axis, np.ndim(x))
+    return x[(*before, plain(indices))]
 
 
 @register(np.take_along_axis)
@@ -423,16 +427,15 @@ _astype = primitive(
 @register(np.astype)
 def astype(x, dtype):
     """Return `x` in another dtype; a traced array cast to integers or bool becomes plain."""
-    if np.dtype(dtype).kind != "f":
+    kind = np.dtype(dtype).kind
+    if kind in "biu":
         return plain(x).astype(dtype)
+    if kind != "f":
+        raise TypeError(f"a traced array cannot be cast to {np.dtype(dtype)}: real dtypes only")
     return _astype(x, dtype=dtype)
 
 
-@register(np.copy)
-def copy(x):
-    """Return `x`, which is immutable while traced."""
-    return x
-
+copy = register(np.copy)(primitive(np.copy, lambda ans, x: lambda g: g))
 
 REDUCTIONS.update({np.add: sum, np.multiply: prod, np.maximum: max, np.minimum: min})
 

@@ -61,6 +61,10 @@ class Tracer:
     def __len__(self):
         return len(self.value)
 
+    # Without it Python iterates by index, and takes the IndexError of 0 dimensions for the end.
+    def __iter__(self):
+        return map(self.__getitem__, range(len(self)))
+
     def __bool__(self):
         return bool(plain(self))
 
@@ -168,6 +172,11 @@ def primitive(f, *rules, name=None, variadic=None, once=False):
                 nested = nested or type(a) is Tracer
             values.append(a)
         ans = op(*values, **kwargs) if nested else f(*values, **kwargs)
+        if type(ans) is Tracer and ans.level >= level:
+            raise TypeError(
+                f"{name} was given a traced keyword argument, which it takes for a constant; pass "
+                "it by position, or minigrad.stop_gradient(x) if it is meant as a constant"
+            )
         edges = []
         for i, a in enumerate(args):
             if type(a) is Tracer and a.level == level:
@@ -201,8 +210,8 @@ def _arity(f):
         return f.nin
     code = getattr(f, "__code__", None)
     other = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
-    fixed = code and not (code.co_kwonlyargcount or code.co_flags & other)
-    return code.co_argcount if fixed else None
+    optional = code and (code.co_kwonlyargcount or code.co_flags & other or f.__defaults__)
+    return code.co_argcount if code and not optional else None
 
 
 def _unary(f, rule, name):
@@ -260,7 +269,7 @@ def constant(f):
     """Register `f` as a function whose result is a plain array: its derivative is 0 or none."""
 
     def op(*args, **kwargs):
-        return f(*[a if type(a) is not Tracer else plain(a) for a in args], **kwargs)
+        return f(*map(plain, args), **{key: plain(a) for key, a in kwargs.items()})
 
     TABLE[f] = op
     return op
@@ -309,8 +318,15 @@ def backward(node, cotangent):
 
 def _fit(c, shape, dtype):
     """Undo broadcasting: sum `c` down to `shape`, and cast it to `dtype`."""
+    if c is None:
+        raise TypeError("a pull-back returned None instead of a cotangent; does it lack a return?")
     if not hasattr(c, "shape"):
         c = np.asarray(c, dtype)
+    if c.dtype.kind == "c" and dtype.kind != "c":
+        raise TypeError(
+            "a real array has a complex cotangent: minigrad differentiates real arithmetic only; "
+            "write complex numbers as pairs of real arrays"
+        )
     if c.ndim > len(shape):
         c = np.add.reduce(c, axis=tuple(range(c.ndim - len(shape))))  # np.sum without its wrapper
     if c.ndim == len(shape):

@@ -35,8 +35,12 @@ divide = primitive(
 
 # At x = 0 the rules keep to the limits of polynomials: x**1 has slope 1 there, x**0 has 0.
 def _power_rule_x(ans, x, y):
-    number = type(y) in (int, float)
-    less = (y - 1 if y else 1) if number else np.where(y == 0, 1, y - 1)
+    if type(y) in (int, float):
+        less = y - 1 if y else 1
+    else:
+        # A traced y is differentiated in turn: away from x = 0 its y - 1 must not be replaced.
+        zero = (x == 0) & (y == 0) if type(y) is Tracer else y == 0
+        less = np.where(zero, 1, y - 1)
     return lambda g: g * (y * x**less)
 
 

@@ -16,10 +16,13 @@ def _solve_triangular(a, b, lower=False, trans=False):
 
     batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     if not batch:
-        return solve_triangular(a, b, lower=lower, trans=int(trans))
+        return solve_triangular(a, b, lower=lower, trans=int(trans), check_finite=False)
     a = np.broadcast_to(a, batch + a.shape[-2:]).reshape(-1, *a.shape[-2:])
     b = np.broadcast_to(b, batch + b.shape[-2:]).reshape(-1, *b.shape[-2:])
-    out = [solve_triangular(m, v, lower=lower, trans=int(trans)) for m, v in zip(a, b)]
+    out = [
+        solve_triangular(m, v, lower=lower, trans=int(trans), check_finite=False)
+        for m, v in zip(a, b)
+    ]
     return np.array(out).reshape(batch + b.shape[-2:])
 
 

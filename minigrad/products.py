@@ -4,6 +4,7 @@ import math
 import string
 
 import numpy as np
+from numpy.lib.array_utils import normalize_axis_index
 
 from minigrad.arrays import reshape, sum, transpose
 from minigrad.core import Tracer, primitive, register
@@ -73,7 +74,8 @@ def tensordot(x, y, axes=2):
     if isinstance(axes, int):
         axes = (range(nx - axes, nx), range(axes))
     ax, ay = ([axes_i] if isinstance(axes_i, int) else list(axes_i) for axes_i in axes)
-    ax, ay = [a % nx for a in ax], [a % ny for a in ay]
+    ax = [normalize_axis_index(a, nx) for a in ax]
+    ay = [normalize_axis_index(a, ny) for a in ay]
     kept_x = [a for a in range(nx) if a not in ax]
     kept_y = [a for a in range(ny) if a not in ay]
     if [np.shape(x)[a] for a in ax] != [np.shape(y)[a] for a in ay]:

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.special as sc
 
 from minigrad.arrays import restore_axes
-from minigrad.core import Tracer, primitive, register
+from minigrad.core import primitive, register
 from minigrad.kernels import fused, transcendental
 
 __all__ = [
@@ -100,12 +100,7 @@ def softmax(x, axis=-1):
 
 
 def _log_softmax_rule(ans, x, axis):
-    def pull(g):
-        if _all_plain(ans, g):
-            return fused.log_softmax_dx(ans, g, axis)
-        return g - np.exp(ans) * np.sum(g, axis=axis, keepdims=True)
-
-    return pull
+    return lambda g: fused.log_softmax_dx(ans, g, axis)
 
 
 _log_softmax = primitive(fused.log_softmax, _log_softmax_rule)
@@ -116,13 +111,9 @@ def log_softmax(x, axis=-1):
     return _log_softmax(_array(x), axis=axis)
 
 
-def _all_plain(*arrays):
-    """Return whether none is traced, so that a fused kernel may take the place of primitives."""
-    return Tracer not in map(type, arrays)
-
-
 def _array(x):
-    return x if hasattr(x, "dtype") else np.asarray(x, float)
+    floating = getattr(getattr(x, "dtype", None), "kind", None) == "f"
+    return x if floating else np.asarray(x, float)
 
 
 # ------------------------------------------------------------------------------ gamma and beta
@@ -144,8 +135,8 @@ def polygamma(n, x):
 
 betaln = primitive(
     sc.betaln,
-    lambda ans, a, b: lambda g: g * (digamma(a) - digamma(a + b)),
-    lambda ans, a, b: lambda g: g * (digamma(b) - digamma(a + b)),
+    lambda ans, a, b: lambda g: -g * _digamma_rise(a, b),
+    lambda ans, a, b: lambda g: -g * _digamma_rise(b, a),
 )
 
 
@@ -219,9 +210,12 @@ def _normal_pdf(x):
 erf = primitive(sc.erf, lambda ans, x: lambda g: g * (2 / math.sqrt(math.pi)) * np.exp(-x * x))
 ndtr = primitive(sc.ndtr, lambda ans, x: lambda g: g * _normal_pdf(x))
 ndtri = primitive(sc.ndtri, lambda ans, p: lambda g: g / _normal_pdf(ans))
-log_ndtr = primitive(
-    sc.log_ndtr, lambda ans, x: lambda g: g * np.exp(-0.5 * x * x - _LOG_SQRT_2PI - ans)
+_normal_ratio = primitive(
+    lambda x: math.sqrt(2 / math.pi) / sc.erfcx(-math.sqrt(0.5) * x),
+    lambda ans, x: lambda g: -g * ans * (x + ans),
+    name="normal_ratio",
 )
+log_ndtr = primitive(sc.log_ndtr, lambda ans, x: lambda g: g * _normal_ratio(x))
 
 
 # ------------------------------------------------------------------------- fused log-densities

@@ -67,11 +67,12 @@ def vjp(f, *primals, has_aux=False):
 
     def pullback(cotangent):
         total = {}
-        for root, ct in zip(roots, _like(cotangent, out_def, out_values)):
+        given = _like(cotangent, out_def, out_values)
+        for root, ct in zip(roots, given):
             if root is not None:
                 for serial, g in backward(root, ct).items():
                     total[serial] = total[serial] + g if serial in total else g
-        cotangents = _own([_cotangent(total, *node) for node in inputs])
+        cotangents = _own([_cotangent(total, *node) for node in inputs], given)
         return tuple(cotangents) if one else tree.unflatten(treedef, cotangents)
 
     value = tree.unflatten(out_def, out_values)
@@ -85,7 +86,7 @@ def _pullback_of_array(source, root, value):
         if getattr(ct, "shape", None) != value.shape or ct.dtype is not value.dtype:
             (ct,) = _like(ct, tree.LEAF, [value])
         g = _cotangent(backward(root, ct), *source)
-        return (g if getattr(g, "base", None) is None else g.copy(),)
+        return (g.copy() if g is ct or getattr(g, "base", None) is not None else g,)
 
     return pullback
 
@@ -146,14 +147,19 @@ def _cotangent(total, serial, _edges, shape, dtype, _name):
     return total[serial] if serial in total else np.zeros(shape, dtype)
 
 
-def _own(cotangents):
-    """Copy plain results that are views or shared, so that the caller may write into each."""
-    seen = set()
+def _own(cotangents, given):
+    """Copy results that are views, shared or `given`, so that the caller may write into each."""
+    seen = set(map(id, given))
     for i, g in enumerate(cotangents):
         if type(g) is np.ndarray and (g.base is not None or id(g) in seen):
             cotangents[i] = g.copy()
         seen.add(id(g))
     return cotangents
+
+
+def _float_dtype(y):
+    dtype = getattr(y, "dtype", np.dtype(float))
+    return dtype if dtype.kind == "f" else np.dtype(float)
 
 
 def _kind(x):
@@ -228,7 +234,7 @@ def jvp(f, primals, tangents):
     if not (isinstance(primals, tuple) and isinstance(tangents, tuple)):
         raise TypeError("jvp takes the primals and the tangents as tuples: jvp(f, (x,), (v,))")
     out, pullback = vjp(f, *primals)
-    anywhere = tree.map(lambda y: np.zeros(np.shape(y), getattr(y, "dtype", np.float64)), out)
+    anywhere = tree.map(lambda y: np.zeros(np.shape(y), _float_dtype(y)), out)
     return out, vjp(pullback, anywhere)[1](tangents)[0]
 
 

@@ -465,3 +465,41 @@ def test_an_outer_gradient_reaches_one_of_two_arguments_of_an_inner_transform():
 
 def test_jacobian_of_an_empty_result_keeps_float32():
     assert jacobian(lambda a: a[:0])(np.ones(3, np.float32)).dtype == np.float32
+
+
+def test_iterating_a_traced_scalar_is_an_error_as_in_numpy():
+    with pytest.raises(TypeError):
+        grad(lambda x: sum(a for a in x))(np.array(2.0))
+    assert grad(lambda x: sum(a * a for a in x))(np.array([1.0, 2.0])).tolist() == [2.0, 4.0]
+
+
+def test_gradients_do_not_share_memory_with_what_was_given():
+    ct = np.ones(3)
+    assert vjp(lambda x: x + 1, np.zeros(3))[1](ct)[0] is not ct
+    pullback = vjp(lambda x: (x[0] + 1, x[1]), [np.zeros(3), np.zeros(3)])[1]
+    assert not any(g is ct for g in pullback((ct, ct))[0])
+    v = np.ones(3)
+    assert jvp(lambda x: x + 1, (np.zeros(3),), (v,))[1] is not v
+
+
+def test_holes_of_a_primitive_of_ones_own_are_named():
+    by_name = minigrad.primitive(
+        lambda x, *, by: x * by, lambda ans, x, by: lambda g: g * by, name="by_name"
+    )
+    with pytest.raises(TypeError, match="by_name was given a traced keyword .* by position"):
+        grad(lambda b: by_name(b * 1.0, by=b))(3.0)
+    empty = minigrad.primitive(lambda x: 2 * x, lambda ans, x: lambda g: None, name="empty")
+    with pytest.raises(TypeError, match="returned None"):
+        grad(empty)(3.0)
+    times = minigrad.primitive(
+        lambda x, y=2.0: x * y,
+        lambda ans, x, y=2.0: lambda g: g * y,
+        lambda ans, x, y=2.0: lambda g: g * x,
+        name="times",
+    )
+    assert times(3.0) == 6.0 and grad(times)(3.0) == 2.0 and grad(times, 1)(3.0, 5.0) == 3.0
+
+
+def test_jvp_passes_over_integer_results():
+    (_, where), (slope, none) = jvp(lambda x: (2 * x, np.argmax(x)), (np.ones(3),), (np.ones(3),))
+    assert where == none == 0 and slope.tolist() == [2.0, 2.0, 2.0]

@@ -114,6 +114,7 @@ CASES = {
     "ndtr": elementwise(special.ndtr, REAL),
     "ndtri": elementwise(special.ndtri, UNIT),
     "log_ndtr": elementwise(special.log_ndtr, REAL) + elementwise(sc.log_ndtr, (-30.0, -20.0)),
+    "normal_ratio": elementwise(PRIMITIVES["normal_ratio"], REAL),
     "normal_log_prob": elementwise(special.normal_log_prob, REAL, REAL, POSITIVE),
     "bernoulli_log_prob": elementwise(special.bernoulli_log_prob, REAL, UNIT),
     "digamma_rise": elementwise(PRIMITIVES["digamma_rise"], POSITIVE, POSITIVE),
@@ -344,6 +345,8 @@ def test_all_minus_infinity_has_a_gradient_of_zero_not_nan():
 def test_log_ndtr_follows_the_tail():
     # phi(x)/Phi(x) = -x - 1/x + 2/x^3 - ... as x -> -inf: at -38 the density has underflowed.
     np.testing.assert_allclose(grad(special.log_ndtr)(-38.0), 38 + 1 / 38 - 2 / 38**3, rtol=1e-6)
+    for x in (np.float32(-1e4), -1e9):  # where -x^2/2 - log Phi(x) has lost all its digits
+        np.testing.assert_allclose(grad(special.log_ndtr)(x), -x, rtol=1e-6)
 
 
 def test_ties_in_a_reduction_share_the_gradient():
@@ -512,3 +515,71 @@ def test_mixed_derivative_of_betainc_keeps_its_digits_where_b_is_small():
     mixed = grad(grad(special.betainc), argnums=2)
     a, b, x = 50.0, 1e-8, 1 - 2.0**-30
     assert mixed(a, b, x) == pytest.approx(-7.8308967312802629527e-9, rel=1e-13)
+
+
+def test_mixed_derivative_of_a_power_is_right_at_exponent_zero():
+    # d/dx d/dy x^y at y = 0 is 1/x, in either order.
+    power = lambda x, y: np.power(x, y)
+    assert grad(grad(power, 0), 1)(2.0, 0.0) == grad(grad(power, 1), 0)(2.0, 0.0) == 0.5
+
+
+def test_complex_intermediates_are_refused():
+    for f in (lambda x: np.abs(x * 1j), lambda x: np.abs(x.astype(complex))):
+        with pytest.raises(TypeError, match="complex"):
+            grad(f)(np.float64(2.0))
+
+
+def test_polygamma_of_integers_is_not_truncated():
+    found = special.polygamma(1, np.array([1, 2, 3]))
+    np.testing.assert_allclose(found, sc.polygamma(1, [1.0, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: np.moveaxis(x, 3, 0),
+        lambda x: np.transpose(x, (2, 1)),
+        lambda x: np.prod(x, axis=2),
+        lambda x: np.take(x, [0], axis=2),
+        lambda x: np.diagonal(x, axis1=2, axis2=1),
+        lambda x: np.trace(x, axis1=2, axis2=1),
+        lambda x: np.tensordot(x, x, axes=([3], [1])),
+    ],
+)
+def test_an_axis_that_is_not_there_is_refused_as_by_numpy(f):
+    x = np.ones((2, 3))
+    for call in (f, lambda x: vjp(f, x)):
+        with pytest.raises((np.exceptions.AxisError, ValueError, IndexError)):
+            call(x)
+
+
+@pytest.mark.parametrize("cuts", [[3, 1], [2, 2], [1, 9], 2])
+def test_split_cuts_where_numpy_does(cuts):
+    x = np.arange(4.0)
+    for ours, theirs in zip(vjp(lambda x: np.split(x, cuts), x)[0], np.split(x, cuts), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_copy_is_one():
+    x = np.zeros(3)
+    y, pullback = vjp(np.copy, x)
+    assert y is not x and pullback(x)[0] is not x
+
+
+def test_step_functions_take_traced_keywords():
+    assert grad(lambda x: x * np.searchsorted(np.arange(4.0), v=x))(2.0) == 2.0
+    assert grad(lambda x: x * (1 + np.argmax(a=x)))(2.0) == 1.0
+
+
+def test_solve_triangular_reads_one_triangle_only():
+    a = np.array([[1, np.nan], [2, 3]])
+    for batch in ((), (2,)):
+        found = linalg.solve_triangular(np.broadcast_to(a, (*batch, 2, 2)), np.ones(2), lower=True)
+        np.testing.assert_allclose(found, np.broadcast_to([1, -1 / 3], (*batch, 2)))
+
+
+def test_betaln_keeps_its_digits_where_an_argument_is_small():
+    # digamma(a) - digamma(a + b), by its series in b
+    slope = -1e-8 * sc.polygamma(1, 50.0) - 0.5e-16 * sc.polygamma(2, 50.0)
+    assert grad(special.betaln)(50.0, 1e-8) == pytest.approx(slope, rel=1e-12)
+    assert grad(special.betaln, 1)(1e-8, 50.0) == pytest.approx(slope, rel=1e-12)
