@@ -1,8 +1,8 @@
 r"""Random draws, each from an explicit `numpy.random.Generator`.
 
-Float32 noise is float64 noise, rounded, but for the normal. A float32 uniform has $2^{24}$ values,
-so that $-\log(-\log u)$ never exceeds 16.6, and NumPy's float32 exponentials are exactly 0 once in
-$2^{23}$ draws. From float64 the tails are right down to probabilities of $10^{-16}$.
+Float32 noise is float64 noise to within 1e-6, but for the normal. A float32 uniform has $2^{24}$
+values, so that $-\log(-\log u)$ never exceeds 16.6, and NumPy's float32 exponentials are exactly 0
+once in $2^{23}$ draws. From float64 the tails are right down to probabilities of $10^{-16}$.
 """
 
 import numpy as np
@@ -40,14 +40,15 @@ def uniform(rng, shape=(), dtype=np.float64):
     drawn as such (`logistic`, `gumbel`) than made from these.
     """
     u = np.asarray(_generator(rng).random(shape), dtype)
-    return np.clip(u, 2.0**-54, 1 - np.finfo(dtype).epsneg)
+    limits = np.finfo(dtype)
+    return np.clip(u, max(2.0**-54, limits.smallest_subnormal), 1 - limits.epsneg)
 
 
 def exponential(rng, shape=(), dtype=np.float64):
     """Return draws of density $e^{-x}$ on x > 0."""
     draws = np.asarray(_generator(rng).standard_exponential(shape), dtype)
     # An exact 0, once in 2^53 draws, would become an infinite Gumbel.
-    return np.maximum(draws, np.finfo(np.float32).tiny)
+    return np.maximum(draws, np.finfo(dtype).tiny)
 
 
 def gumbel(rng, shape=(), dtype=np.float64):

@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import threading
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +47,7 @@ __all__ = [
 
 
 class Snapshot(NamedTuple):
-    """A run after `step` steps; `sums` are those of the metrics since the last point of a curve."""
+    """A run after `step` steps; `sums`: total and number of metrics since a curve's last point."""
 
     step: int
     state: object
@@ -66,6 +67,8 @@ def descent(loss, optimizer, has_aux=False):
     def step(state, rng):
         value, grads = gradient(state["params"], rng)
         value, metrics = value if has_aux else (value, {})
+        if "loss" in metrics:
+            raise ValueError('"loss" is the name of the loss itself; rename that metric')
         params, inner = optimizer.update(grads, state["optimizer"], state["params"])
         return {"params": params, "optimizer": inner}, {"loss": value, **metrics}
 
@@ -88,9 +91,10 @@ def fit(
 ):
     """Take `steps` steps and return the final state and the curves.
 
-    `curves` maps a name to `{"steps": [...], "values": [...]}`: the mean of each metric over every
-    `log_every` steps, and every `eval_every` steps the scalars of `evaluate(state, rng)`, which
-    gets a generator of its own, so that evaluating more or less often changes nothing else.
+    `curves` maps a name to `{"steps": [...], "values": [...]}`: the mean of each metric over those
+    of every `log_every` steps that return it, and every `eval_every` steps the scalars of
+    `evaluate(state, rng)`, which gets a generator of its own, so that evaluating more or less often
+    changes nothing else.
     `start` is a `Snapshot` to go on from. `on_point(snapshot, entry)` is called with the new values
     at each of these points, and with an empty entry after the last step, or one after which `due()`
     is true, if it is none of them. The bar is drawn on a terminal only.
@@ -121,10 +125,11 @@ def fit(
             if checked:
                 good = done, state, rng.bit_generator.state
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value
+                total, n = sums.get(name, (0.0, 0))
+                sums[name] = total + value, n + 1
             entry = {}
             if point:
-                entry, sums = {name: total / log_every for name, total in sums.items()}, {}
+                entry, sums = {name: total / n for name, (total, n) in sums.items()}, {}
             if evaluation:
                 entry = _join(entry, _evaluate(evaluate, state, rng, done))
             for name, value in entry.items():
@@ -260,7 +265,8 @@ def write_atomic(path, content):
     Raises an OSError that names the file (a full disk, say); the old content is then untouched.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    # Two writers at once, of a data set's cache say, must not share it.
+    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
@@ -288,7 +294,7 @@ def save_arrays(path, arrays, meta=None, compress=False):
     members = {} if meta is None else {"meta.json": json.dumps(meta).encode()}
     for name, array in arrays.items():
         buffer = io.BytesIO()
-        np.lib.format.write_array(buffer, np.asarray(array), allow_pickle=False)
+        np.lib.format.write_array(buffer, np.asarray(array, order="C"), allow_pickle=False)
         members[f"{name}.npy"] = buffer.getvalue()
     archive_bytes = io.BytesIO()
     with zipfile.ZipFile(archive_bytes, "w") as archive:
@@ -353,6 +359,8 @@ def save_snapshot(path, snapshot, **meta):
     if len(leaves) != len(kinds):
         raise ValueError("two leaves of the state have the same path; keep '/' out of its keys")
     rest = snapshot._replace(state=None)._asdict()
+    # The states of some bit generators hold arrays; they take lists as well.
+    rest = json.loads(json.dumps(rest, default=np.ndarray.tolist))
     save_arrays(path, leaves, {"snapshot": rest, "kinds": kinds, **meta})
 
 
@@ -381,7 +389,8 @@ def save_record(path, record, arrays):
     """
     path = Path(path)
     beside = path.with_suffix(".npz")
-    record = dict(record, arrays_sha256=None)
+    # As it will be read, its keys strings; what JSON cannot hold is refused before all else.
+    record = json.loads(json.dumps(dict(record, arrays_sha256=None), allow_nan=False))
     if arrays:
         record["arrays_sha256"] = save_arrays(beside, arrays, compress=True)
     record["sha256"] = _record_digest(record)

@@ -570,13 +570,13 @@ def test_categorical_broadcasts_indices_against_logits():
 
 
 OUTSIDE = {
-    "LogNormal": [-1.0, 0.0],
+    "LogNormal": [-1.0, 0.0, np.inf],
     "Gamma": [-1.0, np.inf],
     "LogitNormal": [-0.2, 0.0, 1.0, 1.5],
     "BinaryConcrete": [-0.2, 0.0, 1.0, 1.5],
     "Beta": [-0.2, 1.5],
     "Bernoulli": [-1.0, 0.5, 2.0],
-    "NegativeBinomial": [-1.0, 0.5],
+    "NegativeBinomial": [-1.0, 0.5, np.inf],
 }
 
 
@@ -688,3 +688,9 @@ def test_kl_of_categories_impossible_under_both_is_that_of_the_others():
     np.testing.assert_allclose(D.kl(D.Categorical(q), D.Categorical(p)), exact)
     gradient = grad(lambda q, p: D.kl(q, p), (0, 1))(D.Categorical(q), D.Categorical(p))
     assert all(np.all(np.isfinite(g.logits)) for g in gradient)
+
+
+def test_a_mixture_takes_numbers_in_the_dtype_of_its_parameters():
+    single = np.float32
+    mixture = D.Mixture(single([0, 0]), D.Normal(single([0, 1]), single([1, 1])))
+    assert mixture.log_prob(0.5).dtype == np.float32

@@ -175,6 +175,15 @@ def test_conv2d_kernel_takes_arrays_in_any_memory_order(stride):
         np.testing.assert_allclose(one, other, atol=1e-13)
 
 
+def test_conv2d_kernel_taps_beyond_the_image_have_no_gradient():
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((3, 9, 6, 6)).astype(np.float32)
+    g = rng.standard_normal((3, 33, 6, 6)).astype(np.float32)
+    # Padding and dilation 8: the outer taps never meet the 6 columns.
+    dw = conv2d_dw(g, x, (33, 9, 3, 3), 1, 8, 8)
+    assert not np.any(dw[:, :, 1, [0, 2]]) and np.all(dw[:, :, 1, 1])
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("batch, channels, filters", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
 def test_conv2d_kernel_of_zero_size(batch, channels, filters, stride):

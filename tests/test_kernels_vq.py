@@ -47,6 +47,13 @@ def test_nearest_refuses_shapes_and_does_not_depend_on_threads():
             nearest(x, bad)
 
 
+@pytest.mark.parametrize("n", [1, 3999, 4001, 400_000])
+def test_code_sums_refuse_lengths_that_differ(n):
+    for x in np.ones((4000, 3), np.float32), np.ones(n, np.float32):
+        with pytest.raises(ValueError, match="do not fit together"):
+            code_sums(np.zeros(n, int), x, 1)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_code_sums_add_in_the_order_of_the_rows(monkeypatch, dtype):
     rng = np.random.default_rng(2)

@@ -48,10 +48,17 @@ def test_float32_gumbel_tail_is_not_that_of_float32_uniforms():
 
 
 @pytest.mark.parametrize("name", ["uniform", "exponential", "gumbel", "logistic"])
-def test_float32_noise_is_float64_noise_rounded(name):
+def test_float32_noise_is_float64_noise_to_six_digits(name):
     draw = NOISE[name][0]
     single, double = (draw(np.random.default_rng(3), 10_000, d) for d in (np.float32, np.float64))
     np.testing.assert_allclose(single, double, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("draw", [random.uniform, random.exponential, random.gumbel])
+def test_float16_noise_is_float16_and_inside_the_support(draw):
+    x = draw(_Constant(0.0), 5, np.float16)
+    assert x.dtype == np.float16 and np.all(np.isfinite(x))
+    assert draw is random.gumbel or np.all(x > 0)
 
 
 def test_logistic_tails_are_symmetric_and_long():

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import re
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -412,6 +413,67 @@ def test_a_write_that_is_cut_short_leaves_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_two_writers_of_one_file_do_not_tear_it(tmp_path):
+    path, contents, errors = tmp_path / "x", [b"A" * 2_000_000, b"B" * 300_000], []
+    path.write_bytes(contents[0])
+
+    def write(content):
+        for _ in range(10):
+            try:
+                train.write_atomic(path, content)
+            except OSError as error:
+                errors.append(error)
+
+    writers = [threading.Thread(target=write, args=(content,)) for content in contents]
+    [writer.start() for writer in writers]
+    seen = []
+    while any(writer.is_alive() for writer in writers):
+        seen.append(path.read_bytes() in contents)
+    assert all(seen) and not errors and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("bits", ["MT19937", "Philox", "SFC64"])
+def test_a_snapshot_keeps_the_state_of_any_bit_generator(tmp_path, bits):
+    make = lambda seed: np.random.Generator(getattr(np.random, bits)(seed))
+
+    def step(state, rng):
+        return {"w": state["w"] + rng.standard_normal(2)}, {"loss": 0.0}
+
+    def keep(snapshot, _):
+        train.save_snapshot(tmp_path / f"{snapshot.step}.npz", snapshot)
+
+    state, fit = {"w": np.zeros(2)}, lambda *a, **k: train.fit(step, *a, progress=False, **k)[0]
+    fit(state, 4, make(0), on_point=keep)
+    snapshot, _ = train.load_snapshot(tmp_path / "4.npz", state)
+    assert same(fit(state, 8, make(0)), fit(state, 8, make(1), start=snapshot))
+
+
+def test_a_metric_that_some_steps_return_is_averaged_over_those():
+    def step(state, _):
+        n = state["n"] + 1
+        return {"n": n}, {"all": 1.0} | ({"some": 5.0} if n % 4 == 0 else {})
+
+    curves = train.fit(step, {"n": 0}, 10, rng(), log_every=10, progress=False)[1]
+    assert curves["all"]["values"] == [1.0] and curves["some"]["values"] == [5.0]
+
+
+def test_the_loss_is_not_replaced_by_a_metric_of_its_name():
+    step = train.descent(lambda w, _: (np.sum(w * w), {"loss": 7.0}), Descent(0.5), has_aux=True)
+    with pytest.raises(ValueError, match="rename"):
+        step({"params": np.ones(2), "optimizer": Descent(0.5).init(np.ones(2))}, rng())
+
+
+def test_a_refused_record_leaves_the_old_one_and_keys_come_back_as_strings(tmp_path):
+    path = tmp_path / "r.json"
+    train.save_record(path, {"a": 1}, {"x": np.arange(3)})
+    for bad in float("nan"), np.float32(1):
+        with pytest.raises((ValueError, TypeError)):
+            train.save_record(path, {"a": bad}, {"x": np.arange(4)})
+        assert train.load_record(path)["a"] == 1
+    train.save_record(path, {"a": {2: 1, 10: 2}}, {})
+    assert train.load_record(path)["a"] == {"2": 1, "10": 2}
+
+
 def test_a_snapshot_of_another_model_is_refused_by_name(tmp_path):
     path = tmp_path / "x.npz"
     state = {"w": np.ones(2), "b": np.ones(1)}
@@ -491,7 +553,7 @@ def test_the_checksum_covers_names(tmp_path):
 
 def test_a_snapshot_may_be_started_from_twice():
     curves = {"n": {"steps": [], "values": []}}
-    start = train.Snapshot(3, {"n": 3}, rng().bit_generator.state, {"n": 6.0}, curves)
+    start = train.Snapshot(3, {"n": 3}, rng().bit_generator.state, {"n": (6.0, 3)}, curves)
     first, second = (
         train.fit(count, {"n": 0}, 8, rng(), log_every=4, start=start, progress=False)
         for _ in range(2)

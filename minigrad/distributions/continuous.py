@@ -94,7 +94,7 @@ class Logistic(NamedTuple):
     scale: np.ndarray
 
     def sample(self, rng, shape=()):
-        r"""$\mu + s (\log E_1 - \log E_2)$, both exponential."""
+        r"""$\mu + s L$, $L$ standard logistic."""
         loc, scale = floats(*self)
         return loc + scale * noise(random.logistic, rng, shape, loc, scale)
 
@@ -135,7 +135,7 @@ class LogNormal(NamedTuple):
     def log_prob(self, x):
         r"""$\log N(\log x; \mu, \sigma^2) - \log x$, for x > 0."""
         x, loc, scale = floats(x, *self)
-        outside = x <= 0
+        outside = (x <= 0) | (x == np.inf)
         log_x = np.log(np.where(outside, 1, x))
         return np.where(outside, -np.inf, normal_log_prob(log_x, loc, scale) - log_x)
 

@@ -104,7 +104,7 @@ class NegativeBinomial(NamedTuple):
     def log_prob(self, x):
         r"""$-\log(r + x) - \log B(r, x + 1) + x \log p + r \log(1 - p)$, x = 0, 1, 2, ..."""
         x, r, p = floats(x, *self)
-        outside = (x < 0) | (x != np.floor(x))
+        outside = (x < 0) | (x == np.inf) | (x != np.floor(x))
         x = np.where(outside, 0, x)
         # The beta function: log-gammas of r + x and of r would cancel when r is large.
         log_p = xlogy(x, p) + r * np.log1p(-p) - np.log(r + x) - betaln(r, x + 1)

@@ -45,7 +45,7 @@ class Mixture(NamedTuple):
     def log_prob(self, x):
         r"""$\log \sum_k w_k p_k(x)$."""
         logits, components = self._parts()
-        x = x if hasattr(x, "dtype") else np.asarray(x)
+        x, *_ = floats(x, *components)
         log_p = components.log_prob(np.expand_dims(x, -1))
         return logsumexp(log_softmax(logits) + log_p, axis=-1)
 

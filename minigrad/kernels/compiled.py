@@ -123,14 +123,15 @@ def _no_alias_compiler():
 
 def _cache_folder(chosen):
     """Folder of compiled kernels: below the `chosen` one or the user's caches, keyed by source."""
-    home = Path.home()
-    if sys.platform == "win32":
-        caches = os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local"
+    if chosen:
+        caches = chosen
+    elif sys.platform == "win32":
+        caches = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     elif sys.platform == "darwin":
-        caches = home / "Library" / "Caches"
+        caches = Path.home() / "Library" / "Caches"
     else:
-        caches = os.environ.get("XDG_CACHE_HOME") or home / ".cache"
-    return Path(chosen or caches) / "minigrad" / f"numba-{_source_hash()}"
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "minigrad" / f"numba-{_source_hash()}"
 
 
 _source_hash = functools.cache(source_hash)

@@ -118,7 +118,7 @@ def correlate_weights(x, g, tile, corner, stride, shifts, starts, runs, b, space
             for l in range(len(shifts)):
                 first = shifts[l] - corner[1]  # the column of x that the tile begins with
                 begin = max(0, (right - 1 - first) // right)
-                end = min(columns, (width - 1 - first) // right + 1)
+                end = max(0, min(columns, (width - 1 - first) // right + 1))
                 for c in range(used):
                     source = x[n, k * block + c, :, first + begin * right :]
                     target = tile[c, l, :, :, begin:end]

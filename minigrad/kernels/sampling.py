@@ -107,7 +107,8 @@ def logistic(rng, shape, dtype=np.float64):
     r"""Return standard logistic draws $\log \frac{u}{1 - u}$, from 64 bits each.
 
     Both tails have the full relative precision of the dtype in $u$ and $1 - u$, down to $2^{-65}$:
-    the draws reach to $\pm 45$. Float32 draws are those of float64, rounded.
+    the draws reach to $\pm 45$. Float32 draws come from the same bits and are those of float64 to
+    within 1e-6, relative or absolute.
     """
     size = math.prod(shape)
     high, low = _words(rng, size).view(np.int32).reshape(2, size)

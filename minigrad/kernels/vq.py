@@ -49,8 +49,13 @@ def code_sums(indices, x, n_codes):
     """Return the counts (K,) and sums (K, D) of the rows of `x` (N, D) with each index.
 
     What the averages of a codebook are made of; added in the order of the rows. Raises IndexError
-    for an index outside 0 ... K - 1.
+    for an index outside 0 ... K - 1, and ValueError where the shapes do not fit.
     """
+    if x.ndim != 2 or indices.shape != x.shape[:1]:
+        raise ValueError(
+            f"code_sums: indices {indices.shape} and x {x.shape} do not fit together; they must be "
+            "(N,) and (N, D)"
+        )
     if indices.size and not (indices.min() >= 0 and indices.max() < n_codes):
         raise IndexError(
             f"code_sums: indices from {indices.min()} to {indices.max()}, but there are "
