@@ -322,14 +322,9 @@ def repeat(x, repeats, axis=None):
 
 
 def _is_basic(index):
+    basic = int, np.integer, slice, type(None), type(...)
     parts = index if isinstance(index, tuple) else (index,)
-    return all(
-        isinstance(p, (int, np.integer, slice))
-        and not isinstance(p, bool)
-        or p is None
-        or p is Ellipsis
-        for p in parts
-    )
+    return all(isinstance(p, basic) and not isinstance(p, bool) for p in parts)
 
 
 def _getitem_rule(ans, x, index):
@@ -442,8 +437,7 @@ REDUCTIONS.update({np.add: sum, np.multiply: prod, np.maximum: max, np.minimum: 
 Tracer.__getitem__ = _index
 Tracer.T = property(transpose)
 Tracer.mT = property(lambda self: swapaxes(self, -1, -2))
-Tracer.argmax = TABLE[np.argmax]
-Tracer.argmin = TABLE[np.argmin]
+Tracer.argmax, Tracer.argmin = TABLE[np.argmax], TABLE[np.argmin]
 Tracer.flatten = ravel
 for _method in (
     *(sum, mean, var, std, max, min, prod, cumsum, squeeze, ravel, repeat, swapaxes),

@@ -11,16 +11,8 @@ import numpy as np
 from minigrad.core import TABLE, Tracer, constant, plain, primitive, register
 from minigrad.kernels import fused, transcendental
 
-add = primitive(
-    np.add,
-    lambda ans, x, y: lambda g: g,
-    lambda ans, x, y: lambda g: g,
-)
-subtract = primitive(
-    np.subtract,
-    lambda ans, x, y: lambda g: g,
-    lambda ans, x, y: lambda g: -g,
-)
+add = primitive(np.add, lambda ans, x, y: lambda g: g, lambda ans, x, y: lambda g: g)
+subtract = primitive(np.subtract, lambda ans, x, y: lambda g: g, lambda ans, x, y: lambda g: -g)
 multiply = primitive(
     np.multiply,
     lambda ans, x, y: lambda g: g * y,
@@ -113,8 +105,9 @@ def clip(x, min=None, max=None, *, a_min=None, a_max=None):
     return x if high is None else minimum(x, high)
 
 
+_COMPARISONS = np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal
 for _f in (
-    *(np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal),
+    *_COMPARISONS,
     *(np.logical_and, np.logical_or, np.logical_not, np.isnan, np.isinf, np.isfinite),
     *(np.sign, np.floor, np.ceil, np.rint, np.trunc, np.argmax, np.argmin, np.argsort),
     *(np.any, np.all, np.allclose, np.array_equal, np.isclose, np.count_nonzero, np.nonzero),
@@ -128,13 +121,8 @@ def _swapped(op):
     return lambda self, other: op(other, self)
 
 
-for _symbol, _op in {
-    "add": add,
-    "sub": subtract,
-    "mul": multiply,
-    "truediv": divide,
-    "pow": power,
-}.items():
+_ARITHMETIC = {"add": add, "sub": subtract, "mul": multiply, "truediv": divide, "pow": power}
+for _symbol, _op in _ARITHMETIC.items():
     # An instance attribute of a class must be a function to become a method: primitives are.
     setattr(Tracer, f"__{_symbol}__", _op)
     setattr(Tracer, f"__r{_symbol}__", _swapped(_op))
@@ -142,12 +130,5 @@ Tracer.__neg__ = negative
 Tracer.__pos__ = positive
 Tracer.__abs__ = absolute
 Tracer.clip = clip
-for _symbol, _f in {
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-    "eq": np.equal,
-    "ne": np.not_equal,
-}.items():
+for _symbol, _f in zip(("lt", "le", "gt", "ge", "eq", "ne"), _COMPARISONS):
     setattr(Tracer, f"__{_symbol}__", TABLE[_f])

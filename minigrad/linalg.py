@@ -4,6 +4,8 @@ Rules follow Giles (2008), "Collected matrix derivative results for forward and 
 algorithmic differentiation", each written with these functions, hence differentiable again.
 """
 
+from functools import partial
+
 import numpy as np
 
 from minigrad.core import plain, primitive, register
@@ -14,16 +16,11 @@ __all__ = ["cholesky", "det", "inv", "norm", "slogdet", "solve", "solve_triangul
 def _solve_triangular(a, b, lower=False, trans=False):
     from scipy.linalg import solve_triangular  # SciPy's linalg is slow to import
 
-    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    if not batch:
-        return solve_triangular(a, b, lower=lower, trans=int(trans), check_finite=False)
-    a = np.broadcast_to(a, batch + a.shape[-2:]).reshape(-1, *a.shape[-2:])
-    b = np.broadcast_to(b, batch + b.shape[-2:]).reshape(-1, *b.shape[-2:])
-    out = [
-        solve_triangular(m, v, lower=lower, trans=int(trans), check_finite=False)
-        for m, v in zip(a, b)
-    ]
-    return np.array(out).reshape(batch + b.shape[-2:])
+    solve = partial(solve_triangular, lower=lower, trans=int(trans), check_finite=False)
+    if a.ndim == b.ndim == 2:
+        return solve(a, b)
+    kind = np.result_type(a, b, np.float32)  # integers must not truncate
+    return np.vectorize(solve, [kind], signature="(n,n),(n,k)->(n,k)")(a, b)
 
 
 def _solve_triangular_rule_a(ans, a, b, lower=False, trans=False):
@@ -103,11 +100,7 @@ def solve(a, b):
     return _solve(a, b)
 
 
-inv = primitive(
-    np.linalg.inv,
-    lambda ans, a: lambda g: -np.matmul(np.matmul(ans.mT, g), ans.mT),
-    name="inv",
-)
+inv = primitive(np.linalg.inv, lambda ans, a: lambda g: -(ans.mT @ g @ ans.mT), name="inv")
 register(np.linalg.inv)(inv)
 
 _logabsdet = primitive(

@@ -157,11 +157,6 @@ def _own(cotangents, given):
     return cotangents
 
 
-def _float_dtype(y):
-    dtype = getattr(y, "dtype", np.dtype(float))
-    return dtype if dtype.kind == "f" else np.dtype(float)
-
-
 def _kind(x):
     return f"a {type(x).__name__}"
 
@@ -234,7 +229,9 @@ def jvp(f, primals, tangents):
     if not (isinstance(primals, tuple) and isinstance(tangents, tuple)):
         raise TypeError("jvp takes the primals and the tangents as tuples: jvp(f, (x,), (v,))")
     out, pullback = vjp(f, *primals)
-    anywhere = tree.map(lambda y: np.zeros(np.shape(y), _float_dtype(y)), out)
+    # Integers have a cotangent too, of some floating-point dtype.
+    like = lambda y: np.zeros(np.shape(y), np.result_type(getattr(y, "dtype", float), np.float16))
+    anywhere = tree.map(like, out)
     return out, vjp(pullback, anywhere)[1](tangents)[0]
 
 

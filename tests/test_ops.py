@@ -445,6 +445,9 @@ def test_norm_refuses_another_order_instead_of_taking_it_for_the_axis():
 def test_solve_triangular_of_integers_does_not_truncate():
     a, b = 2 * np.eye(2), np.array([1, 1])
     np.testing.assert_array_equal(linalg.solve_triangular(a, b), [0.5, 0.5])
+    np.testing.assert_array_equal(
+        linalg.solve_triangular(np.stack([a.astype(int)] * 2), b[:, None]), 0.5
+    )
     assert linalg.solve_triangular(a, b.astype(np.float32)).dtype == np.float64
 
 
