@@ -23,6 +23,8 @@ LABEL = {  # what is drawn, from the top
     "gumbel_max": "Gumbel-max draws",
     "nearest_code": "nearest code",
     "small_op": "small op, 8 floats",
+    "small_op_chain": "chain of 100 small ops, per op",
+    "untraced_call": "call without tracing, 8 floats",
     "alternating": "convolution and GEMM, in turn / alone",
     "conv2d_memory": "memory: convolutions",
     "vae_memory": "memory: VAE",
@@ -60,7 +62,7 @@ def figure_benchmarks():
     ax.set_yticks(-np.arange(len(shown)), [LABEL[name] for name in shown])
     ax.tick_params(axis="y", length=0)
     ax.set(xscale="log", xlabel="cost in minigrad / cost there")
-    ticks = [0.001, 0.01, 0.1, 0.5, 1, 2]
+    ticks = [0.001, 0.01, 0.1, 0.5, 1, 2, 10]
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
     fig.legend(loc="outside lower center", ncols=3)  # inside, its marks look like data

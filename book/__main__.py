@@ -36,6 +36,7 @@ def main(argv=None):
     shutil.rmtree(OUT, ignore_errors=True)
     folders = map(str, (ROOT / "book", ROOT / "chapters", OUT))
     if code := sphinx(["-b", "html", "-q", "-W", "-c", *folders]):
+        shutil.rmtree(OUT, ignore_errors=True)  # -W counts warnings, but builds all the same
         return code
     for path, address in (elsewhere := loads_from_elsewhere(OUT)).items():
         print(f"{path} loads from elsewhere: {address}", file=sys.stderr)

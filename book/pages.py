@@ -31,7 +31,13 @@ from chapters.__main__ import run_claims
 from chapters.ledger import SOURCES
 
 CLAIMS = {claim["id"]: claim for claim in run_claims()}
-MARKS = {"pass": "✓", "not confirmed": "≠", "fail": "✗", "skipped": "–", "no test": "–"}
+MARKS = {
+    "pass": "✓",
+    "not confirmed": "≠ not confirmed",
+    "fail": "✗ fails",
+    "skipped": "– skipped",
+    "no test": "– no test",
+}
 logger = logging.getLogger(__name__)
 
 
@@ -86,7 +92,8 @@ def _figure(name, docstring):
     """The figure as MyST: the first line of its docstring is the caption, the others a legend."""
     docstring = re.sub(r"\((eq-[\w-]+)\)", r"{eq}`\1`", docstring)
     caption, _, legend = docstring.partition("\n")
-    options = f":name: {_label_of(name)}\n:alt: {caption}\n"
+    spoken = re.sub(r"[\\${}]", "", caption)  # no LaTeX in what is read aloud
+    options = f":name: {_label_of(name)}\n:alt: {spoken}\n"
     return f"```{{figure}} /../build/figures/{name}.svg\n{options}\n{caption}\n{legend}\n```\n"
 
 

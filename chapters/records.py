@@ -1,6 +1,7 @@
 """Committed records of long runs (`experiments/results/`), for figures and tables."""
 
 import contextlib
+import difflib
 from pathlib import Path
 
 from minigrad.train import load_record
@@ -14,14 +15,15 @@ _watchers = []
 def path(name):
     """The JSON of the record `name`; the `.npz` beside it, if any, is sealed by a checksum in it.
 
-    Raises FileNotFoundError, naming the records there are, if there is no such record.
+    Raises FileNotFoundError, naming records with names like it, if there is no such record.
     """
     file = RESULTS / f"{name}.json"
     if not file.is_file():
-        there = ", ".join(sorted(p.stem for p in RESULTS.glob("*.json"))) or "none"
+        there = sorted(file.stem for file in RESULTS.glob("*.json"))
+        near = ", ".join(difflib.get_close_matches(name, there)) or "none"
         raise FileNotFoundError(
-            f"no record {name!r} in experiments/results (there: {there}); "
-            f"`python -m experiments run {name}` makes it"
+            f"no record {name!r} in experiments/results (names like it: {near}); "
+            "`python -m experiments list` shows the runs that make records"
         )
     return file
 

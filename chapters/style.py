@@ -21,7 +21,7 @@ _LOOK = {
     "dreg": ("#999933", "--", "<"),
     "concrete": ("#a96b59", "-", "D"),
     "straight_through": ("#5790fc", "--", ">"),
-    "gumbel_rao": ("#33bbee", ":", "<"),
+    "gumbel_rao": ("#0000cc", ":", "<"),
     "lax": ("#964a8b", ":", "s"),
     "rebar": ("#33bbee", "-", "^"),
     "relax": ("#832db6", "-", "o"),
