@@ -28,7 +28,7 @@ from chapters.ch06_importance import (
     standard_normal_log_prob,
     vae_log_weights,
 )
-from experiments.runner import Parts, Run, chosen
+from experiments.runner import Parts, Run, RunError, chosen
 from minigrad import grad, random
 from minigrad.data import binarize
 from minigrad.nn import dense
@@ -129,18 +129,18 @@ def proposals(loc, log_var):
 
 def evidence(config, data, _rng):
     """Log-evidence of test images under the convolutional VAE of chapter 5, image by image."""
-    params = recorded_conv_params(f"conv_discrete_{config['data']}")
+    model = recorded_conv_params(f"conv_discrete_{config['data']}")
     images = binarize(data.x_test, np.random.default_rng(FIXED))
     images = images[chosen(len(images), config["steps"] * config["batch"])]
     M, batch = config["samples"], config["batch"]
     sizes = [m for m in (1, 10, 100, 1000, 10_000) if m <= M]
-    state = {"done": np.zeros((), np.int64)}
+    state = {"done": np.zeros((), np.int64), "model": model}  # the record may be made anew
     for name in ("encoder", "half", "prior"):
         state[f"bounds_{name}"] = np.zeros((0, len(sizes)))
         state[f"shape_{name}"] = np.zeros(0)
     state |= {"ais": np.zeros(0), "ais_spread": np.zeros(0)}
 
-    def log_weights(x, q, rng):
+    def log_weights(params, x, q, rng):
         loc, log_var = q
         noise = random.normal(rng, (M, *loc.shape), loc.dtype)
         parts = [
@@ -152,12 +152,12 @@ def evidence(config, data, _rng):
         return np.concatenate(parts)
 
     def step(state, rng):
-        first = int(state["done"])
+        first, params = int(state["done"]), state["model"]
         x = images[first : first + batch]
         loc, log_var = conv_encode(params["encoder"], x)
         new = {"done": np.asarray(first + len(x))}
         for name, q in proposals(loc, log_var).items():
-            log_w = log_weights(x, q, rng)
+            log_w = log_weights(params, x, q, rng)
             found = [
                 np.mean([iwae_bound(part) for part in np.split(log_w, M // m)], axis=0)
                 for m in sizes
@@ -189,10 +189,10 @@ def evidence(config, data, _rng):
         joined = {
             key: np.concatenate([state[key], value]) for key, value in new.items() if key != "done"
         }
-        return joined | {"done": new["done"]}, metrics
+        return joined | {"done": new["done"], "model": params}, metrics
 
     def finish(state, _rng):
-        arrays = {key: value for key, value in state.items() if key != "done"}
+        arrays = {key: a for key, a in state.items() if key not in ("done", "model")}
         n = len(arrays["ais"])
         scalars = {"images": len(arrays["shape_encoder"]), "ais_images": n}
         for name in ("encoder", "half", "prior"):
@@ -246,6 +246,8 @@ def labels(config, data, _rng):
         (flat(images) > 0.5).astype(np.float32) for images in (data.x_train, data.x_test)
     )
     cells = [(n, seed) for seed in range(config["models"]) for n in config["labels"]]
+    if config["steps"] != len(cells):
+        raise RunError(f"a step is a cell, and there are {len(cells)}: --steps {len(cells)}")
     state = {"done": np.zeros((), np.int64)}
     state |= {f"{part}_{name}": np.zeros(0) for part in ("error", "nll") for name in CLASSIFIERS}
 
@@ -309,5 +311,6 @@ RUNS = {
         | {"hidden": [100], "latents": 8, "samples": 100, "vae_steps": 1500, "batch": 50}
         | {"learning_rate": 2e-3},
         {"digits": {}},
+        continues=False,
     ),
 }

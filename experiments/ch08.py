@@ -18,7 +18,7 @@ from chapters.ch08_control_variates import (
     toy_variance,
     training_step,
 )
-from experiments.runner import Parts, Run
+from experiments.runner import Parts, Run, one_of
 from minigrad import tree
 from minigrad.data import binarize
 from minigrad.optim import adam, piecewise_constant
@@ -118,7 +118,9 @@ def bernoulli_vae(config, data, rng):
     fixed = np.random.default_rng(20180430)
     test = binarize(flat(data.x_test), fixed)
     train = binarize(images[: len(test)], fixed)
-    methods = METHODS if config["method"] == "all" else [config["method"]]
+    one_of(config, "model", MODELS)
+    method = one_of(config, "method", ["all", *METHODS])
+    methods = METHODS if method == "all" else [method]
     names = [(name, seed) for name in methods for seed in range(config["models"])]
     states, steps = [], []
     for name, _ in names:
@@ -144,6 +146,8 @@ def bernoulli_vae(config, data, rng):
 
 def gradient_variance(config, data, rng):
     """Variance of the encoder's gradient by method, all at one model on its way."""
+    one_of(config, "model", MODELS)
+    one_of(config, "follow", METHODS)
     images = flat(data.x_train)
     mean = images.mean(0)
     started = {name: start(config, name, images.shape[1], rng) for name in METHODS}

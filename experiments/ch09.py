@@ -29,7 +29,7 @@ from chapters.ch09_atlas import (
     relax_in_one_pass,
 )
 from experiments.ch08 import flat
-from experiments.runner import Parts, Run
+from experiments.runner import Parts, Run, RunError
 from minigrad import grad, random, tree
 from minigrad.data import binarize
 from minigrad.optim import adam
@@ -231,6 +231,8 @@ def estimator_atlas(config, data, rng):
 def estimator_bits(config, _data, _rng):
     """Noise of all estimators on functions with known gradients, from 1 bit to 200."""
     cells = [(name, D) for name in CLOSED for D in config["bits"]]
+    if config["steps"] != len(cells):
+        raise RunError(f"a step is a cell, and there are {len(cells)}: --steps {len(cells)}")
 
     def step(state, rng):
         name, D = cells[state["done"]]
@@ -261,5 +263,6 @@ RUNS = {
     "estimator_bits": Run(
         estimator_bits,
         MEASURED | {"steps": 16, "bits": [1, 2, 5, 10, 20, 50, 100, 200], "eval_every": 16},
+        continues=False,
     ),
 }

@@ -13,6 +13,7 @@ from scipy.special import logsumexp
 
 from chapters.ch10_flows import flow_encoder_init, flow_posterior
 from chapters.ch11_autoregressive import (
+    CURES,
     active_units,
     complete,
     likelihood_objective,
@@ -26,7 +27,7 @@ from chapters.ch11_autoregressive import (
     sample,
     training_step,
 )
-from experiments.runner import Parts, Run, with_error
+from experiments.runner import Parts, Run, one_of, with_error
 from minigrad import random, tree
 from minigrad.data import binarize
 from minigrad.optim import adam, exponential_decay
@@ -84,7 +85,7 @@ SMALL_FIELD = {"depth": 0, "first": 3}
 
 def pixelvae(config, data, rng):
     """An autoencoder whose decoder sees the pixels before: rate and distortion, by cure."""
-    cure, size = config["cure"], data.x_train.shape[-1]
+    cure, size = one_of(config, "cure", CURES), data.x_train.shape[-1]
     pixels = {"channels": config["channels"], "depth": config["depth"], "first": config["first"]}
     pixels |= SMALL_FIELD if cure == "small-field" else {}
     params = pixelvae_init(

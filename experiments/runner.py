@@ -146,11 +146,12 @@ def _parse(key, value, default):
     if type(default) is float and type(value) is int:
         value = float(value)
     if default is not None and type(value) is not type(default):
-        raise RunError(
-            f"{key} must be of type {type(default).__name__}, like {default!r}; got {value!r}"
-        )
-    if isinstance(value, float) and not math.isfinite(value):
-        raise RunError(f"{key} must be finite, got {value}")
+        kind, like = type(default).__name__, json.dumps(default)
+        raise RunError(f"{key} must be of type {kind}, like {like}; got {value!r}")
+    try:
+        json.dumps(value, allow_nan=False)  # as the record will be, elements of lists included
+    except ValueError:
+        raise RunError(f"{key} must be finite, got {value}") from None
     return value
 
 
@@ -215,8 +216,8 @@ def execute(run, config, out=RESULTS, checkpoint_seconds=30.0, mixed=False, prog
     """
     name = record_name(run, config)
     folder, target = runs_folder() / name, Path(out) / f"{name}.json"
-    _refuse_shorter(target, config)
-    _refuse_unwritable(Path(out))
+    refuse_shorter(target, config)
+    refuse_unwritable(Path(out))
     here = origin()
     with _only_one(folder), _threads(config["threads"]):
         rng = np.random.default_rng(np.random.SeedSequence([config["seed"], int(_key(config), 16)]))
@@ -254,8 +255,9 @@ def execute(run, config, out=RESULTS, checkpoint_seconds=30.0, mixed=False, prog
                     progress=progress,
                 )
             except FloatingPointError as error:
-                message = f"{name} stopped: {error}; the last good checkpoint stays in {folder}"
-                raise FloatingPointError(message) from error
+                good, _ = checkpoints(folder)
+                kept = "the last good checkpoint stays in" if good else "no checkpoint yet in"
+                raise FloatingPointError(f"{name} stopped: {error}; {kept} {folder}") from error
         scalars, arrays = _finish(parts, state, rng)
         record = {
             "name": name,
@@ -276,7 +278,7 @@ def execute(run, config, out=RESULTS, checkpoint_seconds=30.0, mixed=False, prog
     return record | {"arrays": arrays}
 
 
-def _refuse_shorter(target, config):
+def refuse_shorter(target, config):
     """A record, committed perhaps, is not replaced by one of fewer steps."""
     if target.exists():
         with contextlib.suppress(DamagedFile):  # this run makes it anew
@@ -287,7 +289,7 @@ def _refuse_shorter(target, config):
                 )
 
 
-def _refuse_unwritable(out):
+def refuse_unwritable(out):
     """Say so now, not after hours, when the record is there."""
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
@@ -297,7 +299,10 @@ def _refuse_unwritable(out):
 def _load(data):
     if data is None:
         return None
-    return getattr(importlib.import_module("minigrad.data"), data)()
+    try:
+        return getattr(importlib.import_module("minigrad.data"), data)()
+    except (ValueError, ImportError) as error:  # an altered file; no Pillow
+        raise RunError(str(error)) from error
 
 
 def _finish(parts, state, rng):
@@ -324,6 +329,8 @@ def _versions():
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = getattr(sys.modules.get(package), "__version__", None)
+    if os.environ.get("MINIGRAD_KERNELS") == "numpy":
+        found["numba"] = None  # the kernels' NumPy twins run, whose last bits are others
     return found
 
 
@@ -363,6 +370,8 @@ def _only_one(folder):
                 time.sleep(0.1)
             else:
                 raise RunError(f"{folder.name} is running in another process")
+        for left in folder.glob(".*.part"):  # by a kill in the middle of a write
+            left.unlink()
         yield
 
 
@@ -424,7 +433,10 @@ def _resume(folder, like, config, continues, here, mixed):
             f"{path} was written by {meta['origins'][-1]} and this is {here}, so the result "
             f"would be neither's; add --mixed to go on all the same, or delete {folder}"
         )
-    snapshot, meta = load_snapshot(path, like)
+    try:
+        snapshot, meta = load_snapshot(path, like)
+    except ValueError as error:
+        raise RunError(f"{error}; delete {folder} to begin this run anew") from error
     return snapshot, meta, itertools.cycle(sorted(files, key=lambda file: file == path))
 
 
@@ -434,7 +446,7 @@ def _log(folder, header, step):
     path = folder / "log.jsonl"
     lines = [json.dumps(header)]
     if step and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line
                 if json.loads(line)["step"] <= step:
                     lines.append(line)

@@ -15,7 +15,9 @@ def overview(runs, out=runner.RESULTS):
         for data in run.data or [None]
     }
     names |= {path.stem for path in out.glob("*.json")}
-    names |= {path.parent.name for path in runner.runs_folder().glob("*/checkpoint-?.npz")}
+    folder = runner.runs_folder()
+    names |= {path.parent.name for path in folder.glob("*/checkpoint-?.npz")}
+    names |= {path.parent.name for path in folder.glob("*/lock") if runner.is_running(path.parent)}
     return [row(name, out) for name in sorted(names)]
 
 
@@ -35,7 +37,8 @@ def row(name, out=runner.RESULTS, config=None):
     if config:
         record = record if record and runner.is_of(config, record) else None
         good = [found for found in good if runner.is_of(config, found[2])]
-    if record and steps and record["config"]["steps"] >= steps:
+    asked = steps or (good[0][2]["config"]["steps"] if good else 0)
+    if record and record["config"]["steps"] >= asked:
         good = []  # whatever the checkpoints are, all that is asked for is there
     newest = good[0][2] if good else None
     if runner.is_running(runner.runs_folder() / name):

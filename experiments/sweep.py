@@ -177,6 +177,7 @@ def _environment(variables):
 
 def _on_cluster(address, todo, runs, out, options):
     """Yield (name, done, message) as runs end."""
+    runner.refuse_unwritable(out)
     try:
         from distributed import Client, as_completed
     except ImportError as error:
@@ -190,6 +191,11 @@ def _on_cluster(address, todo, runs, out, options):
         for name, config in todo.items():
             # A sweep that was cut off finds its tasks again, unless steps or sources have changed.
             key = f"{name} {config['steps']} {ORIGIN['source_hash']}"
+            try:
+                runner.refuse_shorter(out / f"{name}.json", config)
+            except RunError as error:
+                yield name, False, f"FAILED: {error}"
+                continue
             run = runs[config["name"]]
             futures[client.submit(_on_worker, run, config, ORIGIN, options, key=key)] = name
         for future in as_completed(futures):
@@ -200,7 +206,10 @@ def _on_cluster(address, todo, runs, out, options):
             record, message = future.result()
             if record:
                 arrays = record.pop("arrays")
-                save_record(out / f"{name}.json", record, arrays)
+                try:
+                    save_record(out / f"{name}.json", record, arrays)
+                except OSError as error:
+                    record, message = None, f"FAILED: {error}"
             yield name, record is not None, message
 
 

@@ -186,6 +186,7 @@ def test_a_run_cut_off_at_any_file_operation_goes_on_bit_for_bit(tmp_path, monke
         finished = left[0] >= 0
         do(tmp_path, out=f"out{moment}", **settings)
         assert result(folder, tmp_path / f"out{moment}", name) == whole
+        assert not list(folder.rglob(".*.part"))
         if finished:
             break
     assert moment > 15
@@ -375,6 +376,45 @@ def test_setups_that_read_the_steps_say_that_they_do_not_continue(name):
         todo += called & functions.keys() - seen
     reads = any('config["steps"]' in ast.unparse(functions[f]).replace("'", '"') for f in seen)
     assert reads == (not run.continues)
+
+
+def test_a_damaged_log_does_not_stop_a_run(tmp_path, monkeypatch):
+    whole = do(tmp_path, out="whole")
+    monkeypatch.setenv("MINIGRAD_RUNS", str(tmp_path / "again"))
+    do(tmp_path, steps=30)
+    with open(tmp_path / "again" / "walk" / "log.jsonl", "ab") as file:
+        file.write(b"\xff\xfe\n")
+    assert do(tmp_path)["curves"] == whole["curves"]
+
+
+def test_results_of_other_kernels_are_of_another_origin(monkeypatch):
+    monkeypatch.delenv("MINIGRAD_KERNELS", raising=False)
+    here = runner.origin()
+    monkeypatch.setenv("MINIGRAD_KERNELS", "numpy")
+    assert runner.origin() != here and runner.origin()["versions"]["numba"] is None
+
+
+def test_a_nan_before_the_first_checkpoint_does_not_promise_one(tmp_path):
+    with pytest.raises(FloatingPointError, match="no checkpoint yet in"):
+        do(tmp_path, "doomed", every=30.0)
+
+
+def test_an_altered_data_file_is_answered_in_words(tmp_path, monkeypatch, capsys):
+    def altered():
+        raise ValueError("train.gz is truncated or altered")
+
+    monkeypatch.setattr("minigrad.data.digits", altered)
+    monkeypatch.setattr("experiments.__main__.runner.registry", lambda: RUNS)
+    assert main(["run", "fitted", "--out", str(tmp_path / "out")]) == 1
+    assert "error: train.gz is truncated or altered" in capsys.readouterr().err
+
+
+def test_a_setting_with_a_nan_inside_is_refused_early():
+    runs = {"listed": runner.Run(setup_walk, {"steps": 1, "times": [1.0], "on": False})}
+    with pytest.raises(runner.RunError, match="times must be finite"):
+        runner.configure(runs, "listed", settings={"times": "[1, NaN]"})
+    with pytest.raises(runner.RunError, match="of type bool, like false; got 'False'"):
+        runner.configure(runs, "listed", settings={"on": "False"})
 
 
 def test_changed_defaults_do_not_continue_an_old_run(tmp_path):

@@ -210,6 +210,12 @@ def test_a_cluster_gives_the_same_bits(tmp_path, monkeypatch, capsys):
         assert command(tmp_path, "sweep", "drifts", "--dask", there.scheduler_address) == 0
         assert "FAILED" not in capsys.readouterr().out
         assert results(tmp_path / "out") == alone(tmp_path, monkeypatch, "drifts")
+        longer = load_record(tmp_path / "out" / "drift.json")
+        longer["config"] |= {"steps": 5000, "seed": 9}  # of other defaults, say
+        save_record(tmp_path / "out" / "drift.json", longer, longer.pop("arrays"))
+        assert command(tmp_path, "sweep", "drifts", "--dask", there.scheduler_address) == 1
+        assert "drift: FAILED" in capsys.readouterr().out
+        assert load_record(tmp_path / "out" / "drift.json")["config"]["steps"] == 5000
         options = ["--only", "nan", "--dask", there.scheduler_address]
         assert command(tmp_path, "sweep", "troubles", *options) == 1
         assert "step 8: loss is nan" in capsys.readouterr().out
@@ -324,7 +330,7 @@ def test_times_are_told_in_words():
 
 def test_numbers_are_printed_to_two_digits_of_their_error():
     cases = [(-110.2345, 0.345), (0.0185432, 0.00187), (123456.0, 321.0), (19.0, None)]
-    cases += [(-98.7654, None), (0.0185432, None), (-0.5, 0.0)]
+    cases += [(-98.7654, None), (0.0185432, None), (-0.5, 0.0), (-110.2345, 9.97)]
     printed = [
         "-110.23 ± 0.34",
         "0.0185 ± 0.0019",
@@ -333,6 +339,7 @@ def test_numbers_are_printed_to_two_digits_of_their_error():
         "-98.77",
         "0.0185",
         "-0.5",
+        "-110 ± 10",
     ]
     assert [plots._number(*case) for case in cases] == printed
 

@@ -16,12 +16,11 @@ from chapters.ch06_importance import bound_step, iwae_bound, vimco_free_signal
 from chapters.ch07_concrete import structured_step
 from chapters.ch08_control_variates import make_method, training_step
 from chapters.ch09_atlas import METHODS as ONE_LAYER_METHODS
-from experiments import ch05_conv, runner, status, sweep
+from experiments import ch05_conv, ch06, runner, status, sweep
 from experiments.ch06 import estimate
 from experiments.tables import (
     Cell,
     Table,
-    estimators,
     homework,
     iwae,
     plots,
@@ -32,13 +31,13 @@ from experiments.tables import (
     vq,
 )
 from minigrad import tree
-from minigrad.data import BinarizedData, ImageData
+from minigrad.data import BinarizedData, ImageData, digits
 from minigrad.nn import dense
 from minigrad.optim import adam
-from minigrad.train import load_record, save_record
+from minigrad.train import Snapshot, load_record, save_record, save_snapshot
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = relax.RUNS | estimators.RUNS | iwae.RUNS | structured.RUNS | trace.RUNS
+RUNS = runner.registry()
 D = 8  # pixels
 
 
@@ -128,10 +127,40 @@ def test_a_discrete_autoencoder_is_trained_and_validated_as_its_table_says(
     assert bound == pytest.approx(exact(many).mean(), abs=5e-3)
 
 
-@pytest.mark.parametrize("name", ["discrete_vae", "structured", "iwae_schedule"])
-def test_an_unknown_method_is_answered_with_those_there_are(name):
-    with pytest.raises(runner.RunError, match=r"method must be one of .*; got 'nowhere'"):
-        set_up(name, None, method="nowhere")
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        *[(name, "method") for name in ("discrete_vae", "structured", "iwae_schedule")],
+        *[("bernoulli_vae_linear_1", key) for key in ("method", "model")],
+        *[("gradient_variance", key) for key in ("follow", "model")],
+        ("pixelvae", "cure"),
+    ],
+)
+def test_an_unknown_method_is_answered_with_those_there_are(name, key):
+    with pytest.raises(runner.RunError, match=rf"{key} must be one of .*; got 'nowhere'"):
+        set_up(name, None, **{key: "nowhere"})
+
+
+@pytest.mark.parametrize("name, cells", [("estimator_bits", 16), ("labels", 30)])
+def test_a_run_of_cells_has_a_step_for_each(name, cells):
+    for steps in (1, cells + 1):
+        with pytest.raises(runner.RunError, match=f"there are {cells}: --steps {cells}"):
+            set_up(name, None, steps=steps)
+
+
+def test_the_model_of_the_evidence_is_part_of_the_state(monkeypatch):
+    small = {"steps": 2, "batch": 2, "samples": 100, "ais_images": 0}
+    parts = set_up("evidence", "digits", digits(), **small)
+    rng = np.random.default_rng(0)
+    state, _ = parts.step(parts.state, rng)
+    rest = parts.step(state, np.random.default_rng(1))[0]
+    other = tree.map(lambda p: 2 * p, parts.state["model"])  # the record, made anew meanwhile
+    monkeypatch.setattr(ch06, "recorded_conv_params", lambda _: other)
+    resumed = set_up("evidence", "digits", digits(), **small).step(state, np.random.default_rng(1))[
+        0
+    ]
+    assert_same(rest, resumed)
+    assert "model" not in parts.finish(rest, rng)[1]
 
 
 def test_relax_learns_its_control_variate_before_the_model():
@@ -401,6 +430,28 @@ def test_the_time_left_is_that_of_the_steps_left(tmp_path):
         ("", "finished"),
         ("60 s", "partial"),
     ]
+
+
+def test_a_short_trial_elsewhere_does_not_make_a_finished_run_partial(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIGRAD_RUNS", str(tmp_path / "runs"))
+    folder = tmp_path / "runs" / "two"
+    folder.mkdir(parents=True)
+    config = runner.configure(TWO, "two", None, {"steps": 40})
+    save_record(tmp_path / "two.json", {"config": config, "seconds": 2.0, "curves": {}}, {})
+    few = {"config": config | {"steps": 3}, "seconds": 0.1}
+    save_snapshot(folder / "checkpoint-a.npz", Snapshot(3, {}, {}, {}, {}), **few)
+    assert status.row("two", tmp_path)["state"] == "finished"
+
+
+def test_a_run_that_has_no_checkpoint_yet_is_listed(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl", reason="locks of POSIX systems")
+    monkeypatch.setenv("MINIGRAD_RUNS", str(tmp_path / "runs"))
+    folder = tmp_path / "runs" / "two_seed=7"
+    folder.mkdir(parents=True)
+    with open(folder / "lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        states = {row["name"]: row["state"] for row in status.overview(TWO, tmp_path)}
+    assert states["two_seed=7"] == "running"
 
 
 class Done:

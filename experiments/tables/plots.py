@@ -68,7 +68,7 @@ def _number(value, error=None):
     if value is None:
         return "none yet"
     if error:  # to two digits of the error
-        digits = max(0, 1 - math.floor(math.log10(error)))
+        digits = max(0, 1 - math.floor(math.log10(float(f"{error:.1e}"))))
         return f"{value:.{digits}f} ± {error:.{digits}f}"
     if value == round(value):
         return f"{value:.0f}"
