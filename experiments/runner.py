@@ -419,9 +419,9 @@ def _resume(folder, like, config, continues, here, mixed):
         raise RunError(f"{folder} holds this run with other defaults; delete it to begin anew")
     if not continues and meta["config"]["steps"] != config["steps"]:
         raise RunError(
-            f"{folder} holds this run with {meta['config']['steps']} steps, over which it has "
-            f"schedules, so that one of {config['steps']} is no continuation; delete the folder to "
-            "begin anew"
+            f"{folder} holds this run with {meta['config']['steps']} steps, which decide more than "
+            f"when it stops, so that one of {config['steps']} is no continuation; delete the "
+            "folder to begin anew"
         )
     if step > config["steps"]:
         raise RunError(

@@ -359,7 +359,7 @@ def test_a_run_with_schedules_over_its_steps_is_not_continued_by_a_longer_one(tm
 
     first = of(20)
     assert of(20)["scalars"] == first["scalars"]
-    with pytest.raises(runner.RunError, match="20 steps, over which .* one of 30 .* delete"):
+    with pytest.raises(runner.RunError, match="20 steps, which decide .* one of 30 .* delete"):
         of(30)
 
 
