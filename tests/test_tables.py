@@ -295,6 +295,15 @@ def test_a_smaller_rate_is_better_for_the_nonlinear_model_and_more_so_for_rebar(
     assert min(gains.values()) > 1 and gains["rebar"] > gains["concrete"] + 1
 
 
+def test_the_wider_decoder_is_behind_the_narrow_one_after_our_steps():
+    elbo = {}
+    for place in plots.places(relax.TABLE, RUNS | relax.RUNS):
+        elbo[place.cell.row, place.cell.column] = place.record["curves"]["elbo"]["values"][-1]
+    for row in ("MNIST, nonlinear", "Omniglot, nonlinear"):
+        for column in relax.COLUMN.values():
+            assert elbo[row, column] > elbo[f"{row}, wide", column] + 0.5
+
+
 def test_distances_of_three_fits_are_those_of_the_row_with_their_standard_error():
     Ks = {"fixed": sivi.CONFIG["extra"], "learned": sivi.CONFIG["extra_learned"]}
     keys = {"KS distance of r": "ks_r", "KS distance of p": "ks_p", "divergence": "divergence"}
