@@ -1403,15 +1403,14 @@ def figure_temperatures_compared():
         bias, noise = found[:, 2 * i], found[:, 2 * i + 1]
         seen = bias**2 > noise / (2 * run["config"]["replicas"])  # above the noise of its mean
         mark = {"marker": MARKER[LOOK[name]]}
-        left.semilogx(t[seen], bias[seen], **mark, **style(name))
+        left.semilogx(t[seen], bias[seen], **mark, **style(name) | {"label": None})
         middle.loglog(t, noise, **mark, **style(name))
     right.loglog(t, found[:, 6], marker=MARKER["rebar"], **style("rebar"))
     right.axhline(run["scalars"]["noise_disarm_vae_few"], **style("disarm"))
     for ax, text in zip((left, middle, right), (r"relative bias $\delta$", *[r"noise $\nu$"] * 2)):
         ax.set(xlabel=r"temperature $\lambda$", ylabel=text)
     right.set_ylim(10, 1000)
-    middle.legend(loc="lower left", fontsize=7)
-    right.legend(loc="upper right")
+    fig.legend(loc="outside lower center", ncols=5, fontsize=7)
     return fig
 
 
