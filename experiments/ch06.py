@@ -28,7 +28,7 @@ from chapters.ch06_importance import (
     standard_normal_log_prob,
     vae_log_weights,
 )
-from experiments.runner import Parts, Run, RunError, chosen
+from experiments.runner import Parts, Run, a_step_each, chosen
 from minigrad import grad, random
 from minigrad.data import binarize
 from minigrad.nn import dense
@@ -246,8 +246,7 @@ def labels(config, data, _rng):
         (flat(images) > 0.5).astype(np.float32) for images in (data.x_train, data.x_test)
     )
     cells = [(n, seed) for seed in range(config["models"]) for n in config["labels"]]
-    if config["steps"] != len(cells):
-        raise RunError(f"a step is a cell, and there are {len(cells)}: --steps {len(cells)}")
+    cells = a_step_each(config["steps"], cells)
     state = {"done": np.zeros((), np.int64)}
     state |= {f"{part}_{name}": np.zeros(0) for part in ("error", "nll") for name in CLASSIFIERS}
 

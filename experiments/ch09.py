@@ -29,7 +29,7 @@ from chapters.ch09_atlas import (
     relax_in_one_pass,
 )
 from experiments.ch08 import flat
-from experiments.runner import Parts, Run, RunError
+from experiments.runner import Parts, Run, a_step_each
 from minigrad import grad, random, tree
 from minigrad.data import binarize
 from minigrad.optim import adam
@@ -230,9 +230,7 @@ def estimator_atlas(config, data, rng):
 
 def estimator_bits(config, _data, _rng):
     """Noise of all estimators on functions with known gradients, from 1 bit to 200."""
-    cells = [(name, D) for name in CLOSED for D in config["bits"]]
-    if config["steps"] != len(cells):
-        raise RunError(f"a step is a cell, and there are {len(cells)}: --steps {len(cells)}")
+    cells = a_step_each(config["steps"], [(name, D) for name in CLOSED for D in config["bits"]])
 
     def step(state, rng):
         name, D = cells[state["done"]]

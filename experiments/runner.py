@@ -194,6 +194,13 @@ def one_of(config, key, choices):
     return config[key]
 
 
+def a_step_each(steps, cells):
+    """Return the cells of a run that does one in each of its steps, which must be as many."""
+    if steps != len(cells):
+        raise RunError(f"a step is a cell, and there are {len(cells)}: --steps {len(cells)}")
+    return cells
+
+
 def with_error(name, values):
     """Mean and standard error of values of images (n,), as two scalars of a record."""
     values = np.asarray(values, np.float64)

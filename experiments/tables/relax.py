@@ -160,9 +160,9 @@ TABLE = Table(
         "and stand there here. The true Concrete cells are not verified, so not printed.",
         "b": "The paper prints these beside note a's, as REBAR and RELAX of the same model. The "
         "code gave the decoder hidden layers of 784 units, a decoder of six times the size that "
-        "the text says, so that they are another model's. After our steps the larger decoder is "
-        "the worse one for every estimator on both data sets: what it gains in 2,000,000 they do "
-        "not show.",
+        "the text says, so that they are another model's. After 50,016 steps the larger decoder "
+        "is the worse one for every estimator on both data sets; what 2,000,000 would bring is "
+        "open.",
         "c": "Omniglot averaged down from its images of 105 x 105 pixels: not the file of the "
         "publications, so that only the differences between columns can be compared.",
         "d": "RELAX's authors searched the rates of REBAR and RELAX, ours has one for all. On the "
